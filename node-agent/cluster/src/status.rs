@@ -1,0 +1,1 @@
+//! Writes the API: the node, its lease, pod statuses and events.

@@ -1,0 +1,63 @@
+//! Reads the API: one list-and-watch per kind, kept in a [`Mirror`].
+use std::fmt::Debug;
+
+use futures::StreamExt;
+use k8s_openapi::api::core::v1::{Node, Pod, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Api, Client};
+use serde::de::DeserializeOwned;
+use tokio::task::JoinHandle;
+use tracing::{debug, warn};
+
+use crate::mirror::{Mirror, Object};
+
+/// Every kind that the agent follows as a whole.
+#[derive(Clone, Default)]
+pub struct Watch {
+    /// Pods bound to this node.
+    pub pods: Mirror<Pod>,
+    pub services: Mirror<Service>,
+    pub endpoint_slices: Mirror<EndpointSlice>,
+    pub nodes: Mirror<Node>,
+}
+
+impl Watch {
+    /// Starts a watch per kind; they run until the returned tasks are aborted.
+    pub fn start(client: &Client, node_name: &str) -> (Self, Vec<JoinHandle<()>>) {
+        let watch = Self::default();
+        let pods = watcher::Config::default().fields(&format!("spec.nodeName={node_name}"));
+        let tasks = vec![
+            tokio::spawn(follow(Api::all(client.clone()), pods, watch.pods.clone())),
+            tokio::spawn(follow(Api::all(client.clone()), watcher::Config::default(), watch.services.clone())),
+            tokio::spawn(follow(Api::all(client.clone()), watcher::Config::default(), watch.endpoint_slices.clone())),
+            tokio::spawn(follow(Api::all(client.clone()), watcher::Config::default(), watch.nodes.clone())),
+        ];
+        (watch, tasks)
+    }
+}
+
+/// Keeps `mirror` equal to what the API server has, for ever: errors are logged and retried with back-off,
+/// and the mirror keeps its last state meanwhile.
+pub async fn follow<K>(api: Api<K>, config: watcher::Config, mirror: Mirror<K>)
+where
+    K: Object + Debug + DeserializeOwned,
+    K::DynamicType: Default,
+{
+    let kind = K::kind(&K::DynamicType::default()).into_owned();
+    let mut events = watcher(api, config).default_backoff().boxed();
+    let mut initial = Vec::new();
+    while let Some(event) = events.next().await {
+        match event {
+            Ok(watcher::Event::Init) => initial.clear(),
+            Ok(watcher::Event::InitApply(object)) => initial.push(object),
+            Ok(watcher::Event::InitDone) => {
+                debug!(kind, objects = initial.len(), "listed");
+                mirror.replace(std::mem::take(&mut initial));
+            }
+            Ok(watcher::Event::Apply(object)) => mirror.apply(object),
+            Ok(watcher::Event::Delete(object)) => mirror.delete(object),
+            Err(error) => warn!(kind, %error, "the watch broke off; it is taken up again"),
+        }
+    }
+}
