@@ -1,1 +1,30 @@
-//! Skeleton.
+//! What the API server knows about kinds, as pure functions over `serde_json::Value`.
+//!
+//! The order of a write: [`types::decode`] (or [`schema::decode`] for custom resources) → [`default::apply`] → [`prepare::create`] or
+//! [`prepare::update`] → [`validate::create`] or [`validate::update`] → [`convert::to_storage`]. A read is [`convert::to_version`] and, on
+//! request, [`table::render`].
+pub mod meta;
+pub mod quantity;
+pub mod time;
+
+pub mod field_error;
+pub mod status;
+
+pub mod builtin;
+pub mod custom;
+pub mod resource;
+pub mod schema;
+pub mod types;
+
+pub mod convert;
+pub mod default;
+pub mod patch;
+pub mod prepare;
+pub mod scale;
+pub mod selector;
+pub mod table;
+pub mod validate;
+
+pub use field_error::FieldError;
+pub use resource::{Catalog, GroupVersionKind, GroupVersionResource, Resource, Subresource};
+pub use status::Status;
