@@ -1,2 +1,48 @@
-//! Skeleton.
-fn main() {}
+//! `cargo xtask`: everything that is done to the project and with it, each as one command.
+mod build_ebpf;
+mod cluster;
+mod demo;
+mod down;
+mod images;
+mod kubectl;
+mod paths;
+mod progress;
+mod serve;
+mod tidy;
+mod tools;
+mod up;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Builds, runs and tests Outrigger", arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Set everything up, start a cluster in a lab of namespaces, run a small demo and say how to use it
+    Up(up::Options),
+    /// Take a cluster and everything that it left away
+    Down(down::Options),
+    /// Build the eBPF programs, with their toolchain installed into the cache when it is missing
+    BuildEbpf,
+    /// Check the project's invariants that no compiler checks
+    Tidy,
+    /// Work with the hosts of a running cluster
+    #[command(subcommand)]
+    Lab(serve::Lab),
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().task {
+        Task::Up(options) => up::run(&options),
+        Task::Down(options) => down::run(&options),
+        Task::BuildEbpf => build_ebpf::run(),
+        Task::Tidy => tidy::run(),
+        Task::Lab(lab) => serve::run(lab),
+    }
+}
