@@ -1,6 +1,9 @@
-//! What the agent knows of the cluster: [`watch`] is the only place that reads the API, [`status`] the only one that writes it.
+//! What the agent knows of the cluster: [`watch`] and [`lookup`] are the only places that read the API, [`status`] the only one that writes it.
+pub mod lookup;
 pub mod mirror;
 pub mod status;
 pub mod watch;
 
-pub use mirror::{Delta, Mirror, Object, Subscription};
+pub use lookup::Lookup;
+pub use mirror::{Delta, Key, Mirror, Object, Subscription};
+pub use status::Writer;
