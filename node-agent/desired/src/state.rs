@@ -1,0 +1,300 @@
+//! What was watched, in the least memory that the plan needs: an inert value with one mutator, [`State::apply`].
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1::{Node, Pod, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
+use crate::names::{Family, Owner, Protocol, ServiceName};
+
+mod read;
+
+/// One change of a watched kind.
+#[derive(Clone, Debug)]
+pub enum Watched<K> {
+    /// The whole list, after the initial sync or after the watch had to start over; what isn't in it is gone.
+    Replaced(Arc<Vec<Arc<K>>>),
+    Applied(Arc<K>),
+    Deleted(Arc<K>),
+}
+
+/// One change of anything that the Service path depends on.
+#[derive(Clone, Debug)]
+pub enum Change {
+    Service(Watched<Service>),
+    EndpointSlice(Watched<EndpointSlice>),
+    /// Only this node's own object matters; others are ignored.
+    Node(Watched<Node>),
+    /// Only this node's pods matter (hostPort); others are ignored.
+    Pod(Watched<Pod>),
+}
+
+/// Whose frontends have to be planned again.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Touched {
+    pub all: bool,
+    pub owners: HashSet<Owner>,
+}
+
+impl Touched {
+    pub fn everything() -> Self {
+        Self { all: true, owners: HashSet::new() }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        !self.all && self.owners.is_empty()
+    }
+
+    pub fn merge(&mut self, other: Self) {
+        self.all |= other.all;
+        if self.all { self.owners.clear() } else { self.owners.extend(other.owners) }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ServiceSpec {
+    pub cluster_ips: Box<[IpAddr]>,
+    pub external_ips: Box<[IpAddr]>,
+    pub load_balancer_ips: Box<[IpAddr]>,
+    pub ports: Box<[ServicePort]>,
+    /// Seconds.
+    pub affinity: Option<u32>,
+    pub internal_local: bool,
+    pub external_local: bool,
+    pub source_ranges: Box<[IpNet]>,
+    pub health_check_port: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ServicePort {
+    pub name: Arc<str>,
+    pub protocol: Protocol,
+    pub port: u16,
+    pub node_port: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Slice {
+    pub name: Arc<str>,
+    pub family: Family,
+    pub ports: Box<[SlicePort]>,
+    pub endpoints: Box<[SliceEndpoint]>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SlicePort {
+    pub name: Arc<str>,
+    pub protocol: Protocol,
+    pub port: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SliceEndpoint {
+    pub ip: IpAddr,
+    pub local: bool,
+    pub ready: bool,
+    pub serving: bool,
+    pub terminating: bool,
+    pub hints: Option<Box<Hints>>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Hints {
+    pub zones: Box<[Arc<str>]>,
+    /// None: no node hints; otherwise whether this node is among them.
+    pub this_node: Option<bool>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct HostPort {
+    /// None: all of the node's addresses.
+    pub host_ip: Option<IpAddr>,
+    pub port: u16,
+    pub protocol: Protocol,
+    pub container_port: u16,
+    pub pod_ips: Box<[IpAddr]>,
+}
+
+/// The texts that thousands of objects share (port and zone names), each held once.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Interner(HashSet<Arc<str>>);
+
+impl Interner {
+    pub fn intern(&mut self, text: &str) -> Arc<str> {
+        if let Some(known) = self.0.get(text) {
+            return known.clone();
+        }
+        let text: Arc<str> = text.into();
+        self.0.insert(text.clone());
+        text
+    }
+}
+
+/// Everything watched that decides where this node's Service traffic goes.
+#[derive(Clone, Debug)]
+pub struct State {
+    node_name: Arc<str>,
+    pub(crate) zone: Option<Arc<str>>,
+    services: HashMap<ServiceName, ServiceSpec>,
+    slices: HashMap<ServiceName, Vec<Slice>>,
+    /// Which Service a slice (`namespace/name`) belongs to, since a slice can be given to another one.
+    slice_owners: HashMap<ServiceName, ServiceName>,
+    host_ports: HashMap<ServiceName, Box<[HostPort]>>,
+    interner: Interner,
+}
+
+impl State {
+    pub fn new(node_name: &str) -> Self {
+        Self {
+            node_name: node_name.into(),
+            zone: None,
+            services: HashMap::new(),
+            slices: HashMap::new(),
+            slice_owners: HashMap::new(),
+            host_ports: HashMap::new(),
+            interner: Interner::default(),
+        }
+    }
+
+    /// Takes a change in and says whose frontends it may have changed.
+    pub fn apply(&mut self, change: &Change) -> Touched {
+        let mut touched = Touched::default();
+        match change {
+            Change::Service(Watched::Applied(service)) => self.set_service(service, &mut touched),
+            Change::Service(Watched::Deleted(service)) => self.drop_service(&name_of(&service.metadata), &mut touched),
+            Change::Service(Watched::Replaced(all)) => {
+                let kept: HashSet<ServiceName> = all.iter().map(|service| name_of(&service.metadata)).collect();
+                let stale: Vec<_> = self.services.keys().filter(|name| !kept.contains(*name)).cloned().collect();
+                stale.iter().for_each(|name| self.drop_service(name, &mut touched));
+                all.iter().for_each(|service| self.set_service(service, &mut touched));
+            }
+            Change::EndpointSlice(Watched::Applied(slice)) => self.set_slice(slice, &mut touched),
+            Change::EndpointSlice(Watched::Deleted(slice)) => self.drop_slice(&name_of(&slice.metadata), &mut touched),
+            Change::EndpointSlice(Watched::Replaced(all)) => {
+                let kept: HashSet<ServiceName> = all.iter().map(|slice| name_of(&slice.metadata)).collect();
+                let stale: Vec<_> = self.slice_owners.keys().filter(|name| !kept.contains(*name)).cloned().collect();
+                stale.iter().for_each(|name| self.drop_slice(name, &mut touched));
+                all.iter().for_each(|slice| self.set_slice(slice, &mut touched));
+            }
+            Change::Node(Watched::Applied(node)) => self.set_node(node, &mut touched),
+            Change::Node(Watched::Replaced(all)) => all.iter().for_each(|node| self.set_node(node, &mut touched)),
+            // This node's object comes back when its agent registers it again; until then the last known zone holds.
+            Change::Node(Watched::Deleted(_)) => {}
+            Change::Pod(Watched::Applied(pod)) => self.set_pod(pod, &mut touched),
+            Change::Pod(Watched::Deleted(pod)) => self.drop_pod(&name_of(&pod.metadata), &mut touched),
+            Change::Pod(Watched::Replaced(all)) => {
+                let kept: HashSet<ServiceName> = all.iter().map(|pod| name_of(&pod.metadata)).collect();
+                let stale: Vec<_> = self.host_ports.keys().filter(|name| !kept.contains(*name)).cloned().collect();
+                stale.iter().for_each(|name| self.drop_pod(name, &mut touched));
+                all.iter().for_each(|pod| self.set_pod(pod, &mut touched));
+            }
+        }
+        touched
+    }
+
+    /// Everything that may ask for a frontend.
+    pub(crate) fn owners(&self) -> impl Iterator<Item = Owner> {
+        self.services.keys().cloned().map(Owner::Service).chain(self.host_ports.keys().cloned().map(Owner::Pod))
+    }
+
+    pub(crate) fn service(&self, name: &ServiceName) -> Option<&ServiceSpec> {
+        self.services.get(name)
+    }
+
+    pub(crate) fn slices(&self, name: &ServiceName) -> &[Slice] {
+        self.slices.get(name).map_or(&[], Vec::as_slice)
+    }
+
+    pub(crate) fn host_ports(&self, pod: &ServiceName) -> &[HostPort] {
+        self.host_ports.get(pod).map_or(&[], |ports| &**ports)
+    }
+
+    fn set_service(&mut self, service: &Service, touched: &mut Touched) {
+        let name = name_of(&service.metadata);
+        match read::service(service, &mut self.interner) {
+            None => self.drop_service(&name, touched),
+            Some(spec) if self.services.get(&name) == Some(&spec) => {}
+            Some(spec) => {
+                touched.owners.insert(Owner::Service(name.clone()));
+                self.services.insert(name, spec);
+            }
+        }
+    }
+
+    fn drop_service(&mut self, name: &ServiceName, touched: &mut Touched) {
+        if self.services.remove(name).is_some() {
+            touched.owners.insert(Owner::Service(name.clone()));
+        }
+    }
+
+    fn set_slice(&mut self, object: &EndpointSlice, touched: &mut Touched) {
+        let key = name_of(&object.metadata);
+        let Some((service, slice)) = read::slice(object, &self.node_name, &mut self.interner) else {
+            return self.drop_slice(&key, touched);
+        };
+        if self.slice_owners.get(&key).is_some_and(|owner| *owner != service) {
+            self.drop_slice(&key, touched);
+        }
+        // The Service's own name object is shared where it is known already.
+        let service = self.services.get_key_value(&service).map_or(service, |(known, _)| known.clone());
+        let slices = self.slices.entry(service.clone()).or_default();
+        match slices.iter_mut().find(|known| known.name == slice.name) {
+            Some(known) if *known == slice => return,
+            Some(known) => *known = slice,
+            None => {
+                slices.reserve_exact(1);
+                slices.push(slice);
+            }
+        }
+        touched.owners.insert(Owner::Service(service.clone()));
+        self.slice_owners.insert(key, service);
+    }
+
+    fn drop_slice(&mut self, key: &ServiceName, touched: &mut Touched) {
+        let Some(service) = self.slice_owners.remove(key) else { return };
+        if let Some(slices) = self.slices.get_mut(&service) {
+            slices.retain(|slice| &*slice.name != key.name());
+            if slices.is_empty() {
+                self.slices.remove(&service);
+            }
+        }
+        touched.owners.insert(Owner::Service(service));
+    }
+
+    fn set_node(&mut self, node: &Node, touched: &mut Touched) {
+        if node.metadata.name.as_deref() != Some(&*self.node_name) {
+            return;
+        }
+        let zone = node.metadata.labels.as_ref().and_then(|labels| labels.get("topology.kubernetes.io/zone"));
+        let zone = zone.filter(|zone| !zone.is_empty()).map(|zone| self.interner.intern(zone));
+        if self.zone != zone {
+            self.zone = zone;
+            touched.merge(Touched::everything());
+        }
+    }
+
+    fn set_pod(&mut self, pod: &Pod, touched: &mut Touched) {
+        let name = name_of(&pod.metadata);
+        let ports = read::host_ports(pod, &self.node_name);
+        if ports.is_empty() {
+            return self.drop_pod(&name, touched);
+        }
+        if self.host_ports(&name) != &*ports {
+            touched.owners.insert(Owner::Pod(name.clone()));
+            self.host_ports.insert(name, ports);
+        }
+    }
+
+    fn drop_pod(&mut self, name: &ServiceName, touched: &mut Touched) {
+        if self.host_ports.remove(name).is_some() {
+            touched.owners.insert(Owner::Pod(name.clone()));
+        }
+    }
+}
+
+fn name_of(metadata: &ObjectMeta) -> ServiceName {
+    ServiceName::new(metadata.namespace.as_deref().unwrap_or_default(), metadata.name.as_deref().unwrap_or_default())
+}
