@@ -1,1 +1,14 @@
-//! Skeleton.
+//! From the desired table to the kernel: the choice of a backend, the loop that feeds it, and the three backends.
+pub mod backend;
+pub mod config;
+pub mod conntrack;
+pub mod ebpf;
+pub mod nftables;
+pub mod probe;
+pub mod proxy;
+pub mod userspace;
+
+pub use backend::{Applied, Backend, BackendError, Parting, Pending, Restored};
+pub use config::{Config, Mode, ModeChoice};
+pub use probe::Choice;
+pub use proxy::{Proxy, ProxyHandle};

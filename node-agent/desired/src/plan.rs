@@ -62,10 +62,12 @@ fn candidates<'a>(state: &'a State, name: &ServiceName, port: &ServicePort, fami
     let mut found = Vec::new();
     for slice in state.slices(name).iter().filter(|slice| slice.family == family) {
         for slice_port in slice.ports.iter().filter(|other| other.name == port.name && other.protocol == port.protocol) {
-            found.extend(slice.endpoints.iter().map(|facts| Candidate {
-                endpoint: Endpoint { ip: facts.ip, port: slice_port.port, local: facts.local },
-                facts,
-            }));
+            found.extend(
+                slice
+                    .endpoints
+                    .iter()
+                    .map(|facts| Candidate { endpoint: Endpoint { ip: facts.ip, port: slice_port.port, local: facts.local }, facts }),
+            );
         }
     }
     found.sort_by_key(|candidate| (candidate.endpoint.ip, candidate.endpoint.port, !candidate.facts.local));
@@ -104,7 +106,9 @@ impl Choice {
         let keeps_flows = |facts: &SliceEndpoint| port.protocol != Protocol::Udp || facts.serving;
         let others = candidates
             .iter()
-            .filter(|candidate| keeps_flows(candidate.facts) && !cluster.contains(&candidate.endpoint) && !local.contains(&candidate.endpoint))
+            .filter(|candidate| {
+                keeps_flows(candidate.facts) && !cluster.contains(&candidate.endpoint) && !local.contains(&candidate.endpoint)
+            })
             .map(|candidate| candidate.endpoint)
             .collect();
         let any = candidates.iter().any(|candidate| candidate.facts.ready || draining(candidate.facts));

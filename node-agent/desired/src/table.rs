@@ -272,7 +272,11 @@ impl fmt::Display for List<'_> {
 impl fmt::Display for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {:?} -> ", self.service, self.kind)?;
-        if self.backends.is_empty() { write!(f, "{:?}", self.no_endpoints)? } else { List(&self.backends).fmt(f)? }
+        if self.backends.is_empty() {
+            write!(f, "{:?}", self.no_endpoints)?
+        } else {
+            List(&self.backends).fmt(f)?
+        }
         if let Some(endpoints) = &self.short_circuit {
             write!(f, " short-circuit={}", List(endpoints))?;
         }

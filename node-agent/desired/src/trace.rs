@@ -30,7 +30,10 @@ pub enum Verdict {
     /// No Service's: the packet goes where routing sends it.
     PassesBy,
     /// To one of these; the source becomes the node's where `masquerade` says so (always for a hairpin).
-    To { backends: Vec<SocketAddr>, masquerade: bool },
+    To {
+        backends: Vec<SocketAddr>,
+        masquerade: bool,
+    },
     Rejected,
     Dropped,
 }

@@ -1,0 +1,84 @@
+//! What a way of carrying Service traffic has to do, however it does it.
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Duration;
+
+use outrigger_desired::{Delta, Table};
+
+use crate::config::Mode;
+
+/// A boxed future, so that the backend in use can be swapped while running.
+pub type Pending<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    #[error("{mode} can't run here: {missing}")]
+    Unsupported { mode: Mode, missing: String },
+    /// Names what was being done and to what; the source says why it failed.
+    #[error("{operation}: {source}")]
+    Kernel {
+        operation: String,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{operation}: {message}")]
+    Failed { operation: String, message: String },
+}
+
+impl BackendError {
+    pub fn kernel(operation: impl Into<String>, source: std::io::Error) -> Self {
+        Self::Kernel { operation: operation.into(), source }
+    }
+
+    pub fn failed(operation: impl Into<String>, message: impl ToString) -> Self {
+        Self::Failed { operation: operation.into(), message: message.to_string() }
+    }
+}
+
+pub type Result<T> = std::result::Result<T, BackendError>;
+
+/// What was found in the kernel at start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Restored {
+    /// Frontends that a former agent left there and that carry on working meanwhile.
+    pub frontends: usize,
+}
+
+/// What one apply did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    pub upserted: usize,
+    pub removed: usize,
+    /// Sockets and conntrack entries of gone backends that were ended.
+    pub ended: usize,
+}
+
+/// How a backend leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parting {
+    /// Another backend has taken over: no new connections come here, but those that live go on.
+    Handover,
+    /// Nothing of it may stay.
+    Final,
+}
+
+/// One way to carry Service traffic. Calls never overlap. A backend that is dropped without `teardown` leaves the kernel as it is:
+/// that is what an agent's restart looks like.
+pub trait Backend: Send {
+    fn mode(&self) -> Mode;
+
+    /// Reads the kernel back, before the first `apply`. Changes nothing that traffic sees.
+    fn restore(&mut self) -> Pending<'_, Result<Restored>>;
+
+    /// Makes the kernel do what `table` says; `delta` is the difference to the last applied table, or full. When it fails the next
+    /// delta is full.
+    fn apply<'a>(&'a mut self, table: &'a Table, delta: &'a Delta) -> Pending<'a, Result<Applied>>;
+
+    /// Work that was put off: called when nothing else is to do, at the latest after the time that it last asked for.
+    /// `None` when nothing is left.
+    fn tidy(&mut self) -> Pending<'_, Option<Duration>> {
+        Box::pin(async { None })
+    }
+
+    fn teardown(&mut self, parting: Parting) -> Pending<'_, Result<()>>;
+}

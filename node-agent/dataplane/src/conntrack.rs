@@ -1,0 +1,1 @@
+//! Ends the kernel connection-tracking entries of gone backends.

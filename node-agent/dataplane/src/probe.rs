@@ -1,0 +1,77 @@
+//! What this kernel can do, and the mode that follows from it.
+use crate::backend::{Backend, BackendError, Result};
+use crate::config::{Config, Mode, ModeChoice};
+use crate::{ebpf, nftables, userspace};
+
+/// The mode in use and why it is that one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Choice {
+    pub mode: Mode,
+    /// For the log, the metrics and the Node's annotations: names the feature that a better mode lacked.
+    pub reason: String,
+}
+
+/// Tries the modes from best to least, or only the one that was asked for. `missing` says what a mode lacks here.
+fn choose(wanted: ModeChoice, missing: impl Fn(Mode) -> Option<String>) -> Result<Choice> {
+    if let ModeChoice::Only(mode) = wanted {
+        return match missing(mode) {
+            None => Ok(Choice { mode, reason: format!("--proxy-mode={mode}") }),
+            Some(missing) => Err(BackendError::Unsupported { mode, missing }),
+        };
+    }
+    let mut passed_over = Vec::new();
+    for mode in Mode::ALL {
+        let Some(missing) = missing(mode) else {
+            let reason = if passed_over.is_empty() { "the kernel has all it takes".into() } else { passed_over.join("; ") };
+            return Ok(Choice { mode, reason });
+        };
+        passed_over.push(format!("no {mode}: {missing}"));
+    }
+    Err(BackendError::Unsupported { mode: Mode::Userspace, missing: passed_over.join("; ") })
+}
+
+pub fn probe(config: &Config, wanted: ModeChoice) -> Result<Choice> {
+    choose(wanted, |mode| missing(config, mode))
+}
+
+fn missing(config: &Config, mode: Mode) -> Option<String> {
+    match mode {
+        Mode::Ebpf => ebpf::missing(config),
+        Mode::Nftables => nftables::missing(),
+        Mode::Userspace => userspace::missing(),
+    }
+}
+
+pub fn open(config: &Config, mode: Mode) -> Result<Box<dyn Backend>> {
+    match mode {
+        Mode::Ebpf => ebpf::open(config),
+        Mode::Nftables => nftables::open(config),
+        Mode::Userspace => userspace::open(config),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lacking(modes: &'static [Mode]) -> impl Fn(Mode) -> Option<String> {
+        move |mode| modes.contains(&mode).then(|| format!("{mode} feature"))
+    }
+
+    #[test]
+    fn auto_takes_the_best_and_names_what_better_ones_lack() {
+        let choice = choose(ModeChoice::Auto, lacking(&[])).unwrap();
+        assert_eq!((choice.mode, choice.reason.as_str()), (Mode::Ebpf, "the kernel has all it takes"));
+        let choice = choose(ModeChoice::Auto, lacking(&[Mode::Ebpf])).unwrap();
+        assert_eq!((choice.mode, choice.reason.as_str()), (Mode::Nftables, "no ebpf: ebpf feature"));
+        let choice = choose(ModeChoice::Auto, lacking(&[Mode::Ebpf, Mode::Nftables])).unwrap();
+        assert_eq!((choice.mode, choice.reason.as_str()), (Mode::Userspace, "no ebpf: ebpf feature; no nftables: nftables feature"));
+    }
+
+    #[test]
+    fn a_mode_that_was_asked_for_is_not_replaced() {
+        assert_eq!(choose(ModeChoice::Only(Mode::Userspace), lacking(&[])).unwrap().mode, Mode::Userspace);
+        let error = choose(ModeChoice::Only(Mode::Nftables), lacking(&[Mode::Nftables])).unwrap_err();
+        assert_eq!(error.to_string(), "nftables can't run here: nftables feature");
+    }
+}

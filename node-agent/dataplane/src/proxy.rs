@@ -1,0 +1,313 @@
+//! The loop: watched changes in, the kernel brought up to date, one backend at a time, switchable while traffic flows.
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use outrigger_desired::{Change, Delta, State, Table, Touched, Watched};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::backend::{Applied, Backend, Parting, Result};
+use crate::config::{Config, Mode, ModeChoice};
+use crate::probe::{self, Choice};
+
+/// The longest pause between attempts after a failed apply.
+const MAX_RETRY: Duration = Duration::from_secs(30);
+const FIRST_RETRY: Duration = Duration::from_millis(100);
+
+/// How the proxy is doing, for health endpoints and tests.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Health {
+    /// Every watched kind has been listed and the kernel has been brought up to it.
+    pub synced: bool,
+    /// Number of successful applies.
+    pub applies: u64,
+    /// The last failure, until an apply succeeds.
+    pub error: Option<String>,
+}
+
+/// Counters since start.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Metrics {
+    pub applies: u64,
+    pub failures: u64,
+    pub frontends: usize,
+    pub upserted: u64,
+    pub removed: u64,
+    pub ended: u64,
+    pub switches: u64,
+    /// The last apply, from the first of its changes being received to the kernel having it.
+    pub last_apply: Duration,
+}
+
+enum Command {
+    SetMode(ModeChoice, oneshot::Sender<Result<Choice>>),
+    Stop(Parting, oneshot::Sender<Result<()>>),
+}
+
+/// Handle to a running proxy. Dropping it stops the loop and leaves the kernel as it is.
+#[derive(Clone)]
+pub struct ProxyHandle {
+    commands: mpsc::Sender<Command>,
+    choice: watch::Receiver<Choice>,
+    health: watch::Receiver<Health>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    metrics: Mutex<Metrics>,
+}
+
+pub struct Proxy {
+    config: Config,
+    backend: Box<dyn Backend>,
+    state: State,
+    table: Table,
+    touched: Touched,
+    awaited: Awaited,
+    /// The kernel's content isn't what `table` says: the next delta is full.
+    unknown: bool,
+    retry: Duration,
+    choice: watch::Sender<Choice>,
+    health: watch::Sender<Health>,
+    shared: Arc<Shared>,
+}
+
+/// The kinds whose first list hasn't come yet. Nothing is written, so nothing is deleted, before all have.
+struct Awaited {
+    services: bool,
+    slices: bool,
+    node: bool,
+    pods: bool,
+}
+
+impl Awaited {
+    fn arrived(&mut self, change: &Change) {
+        match change {
+            Change::Service(Watched::Replaced(_)) => self.services = false,
+            Change::EndpointSlice(Watched::Replaced(_)) => self.slices = false,
+            Change::Node(Watched::Replaced(_)) => self.node = false,
+            Change::Pod(Watched::Replaced(_)) => self.pods = false,
+            _ => {}
+        }
+    }
+
+    fn any(&self) -> bool {
+        self.services || self.slices || self.node || self.pods
+    }
+}
+
+impl Proxy {
+    /// Probes, opens the backend, reads the kernel back and starts the loop. `changes` carries all four watched kinds, each
+    /// beginning with its whole list.
+    pub async fn start(config: Config, changes: mpsc::UnboundedReceiver<Change>) -> Result<ProxyHandle> {
+        let choice = probe::probe(&config, config.mode)?;
+        let backend = open(&config, &choice).await?;
+        Ok(Self::run_with(config, choice, backend, changes))
+    }
+
+    fn run_with(config: Config, choice: Choice, backend: Box<dyn Backend>, changes: mpsc::UnboundedReceiver<Change>) -> ProxyHandle {
+        let (commands, inbox) = mpsc::channel(4);
+        let shared = Arc::new(Shared::default());
+        let proxy = Self {
+            state: State::new(&config.node_name),
+            config,
+            backend,
+            table: Table::default(),
+            touched: Touched::default(),
+            awaited: Awaited { services: true, slices: true, node: true, pods: true },
+            unknown: true,
+            retry: FIRST_RETRY,
+            choice: watch::Sender::new(choice),
+            health: watch::Sender::new(Health::default()),
+            shared: shared.clone(),
+        };
+        let handle = ProxyHandle { commands, choice: proxy.choice.subscribe(), health: proxy.health.subscribe(), shared };
+        tokio::spawn(proxy.run(changes, inbox));
+        handle
+    }
+
+    async fn run(mut self, mut changes: mpsc::UnboundedReceiver<Change>, mut inbox: mpsc::Receiver<Command>) {
+        let mut wake_at: Option<Instant> = None;
+        let mut watching = true;
+        loop {
+            let wake = async {
+                match wake_at {
+                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                command = inbox.recv() => match command {
+                    None => return,
+                    Some(Command::Stop(parting, reply)) => {
+                        // The caller may be gone; there is nobody else to tell.
+                        let _ = reply.send(self.backend.teardown(parting).await);
+                        return;
+                    }
+                    Some(Command::SetMode(wanted, reply)) => {
+                        let _ = reply.send(self.switch(wanted).await);
+                    }
+                },
+                change = changes.recv(), if watching => match change {
+                    Some(change) => {
+                        let since = Instant::now();
+                        self.take(&change);
+                        // What piled up during the last apply goes in one step; a lone change goes at once.
+                        while let Ok(change) = changes.try_recv() {
+                            self.take(&change);
+                        }
+                        wake_at = self.sync(since).await;
+                    }
+                    // The watches are over (the agent is stopping); traffic is carried on by what is in the kernel.
+                    None => watching = false,
+                },
+                () = wake => {
+                    wake_at = if self.unknown { self.sync(Instant::now()).await } else { self.tidy().await };
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, change: &Change) {
+        self.awaited.arrived(change);
+        let touched = self.state.apply(change);
+        self.touched.merge(touched);
+    }
+
+    /// Brings the kernel up to date; says when to come back.
+    async fn sync(&mut self, since: Instant) -> Option<Instant> {
+        if self.awaited.any() || (self.touched.is_empty() && !self.unknown) {
+            return self.tidy().await;
+        }
+        let touched = std::mem::take(&mut self.touched);
+        let mut delta = self.table.update(&self.state, &touched);
+        if self.unknown {
+            let gone = std::mem::take(&mut delta.gone);
+            delta = Delta { gone, ..Delta::full(&self.table) };
+        }
+        if delta.is_empty() {
+            return self.tidy().await;
+        }
+        self.apply(&delta, since).await
+    }
+
+    async fn apply(&mut self, delta: &Delta, since: Instant) -> Option<Instant> {
+        match self.backend.apply(&self.table, delta).await {
+            Ok(applied) => {
+                self.unknown = false;
+                self.retry = FIRST_RETRY;
+                self.report(&applied, since.elapsed());
+                self.tidy().await
+            }
+            Err(error) => {
+                tracing::error!(mode = %self.backend.mode(), %error, retry_in = ?self.retry, "Service rules not applied");
+                self.unknown = true;
+                self.health.send_modify(|health| health.error = Some(error.to_string()));
+                self.metrics(|metrics| metrics.failures += 1);
+                let at = Instant::now() + self.retry;
+                self.retry = (self.retry * 2).min(MAX_RETRY);
+                Some(at)
+            }
+        }
+    }
+
+    fn report(&self, applied: &Applied, took: Duration) {
+        tracing::debug!(
+            mode = %self.backend.mode(), upserted = applied.upserted, removed = applied.removed, ended = applied.ended,
+            frontends = self.table.len(), ?took, "Service rules applied"
+        );
+        self.metrics(|metrics| {
+            metrics.applies += 1;
+            metrics.upserted += applied.upserted as u64;
+            metrics.removed += applied.removed as u64;
+            metrics.ended += applied.ended as u64;
+            metrics.frontends = self.table.len();
+            metrics.last_apply = took;
+        });
+        self.health.send_modify(|health| {
+            health.synced = true;
+            health.applies += 1;
+            health.error = None;
+        });
+    }
+
+    async fn tidy(&mut self) -> Option<Instant> {
+        self.backend.tidy().await.map(|after| Instant::now() + after)
+    }
+
+    /// The new backend takes over whole before the old one lets go of new connections; what lives stays with the old one.
+    async fn switch(&mut self, wanted: ModeChoice) -> Result<Choice> {
+        let choice = probe::probe(&self.config, wanted)?;
+        if choice.mode != self.backend.mode() {
+            let mut next = open(&self.config, &choice).await?;
+            if !self.awaited.any() {
+                next.apply(&self.table, &Delta::full(&self.table)).await?;
+            }
+            let mut last = std::mem::replace(&mut self.backend, next);
+            if let Err(error) = last.teardown(Parting::Handover).await {
+                tracing::warn!(mode = %last.mode(), %error, "the former proxy mode left something behind");
+            }
+            self.metrics(|metrics| metrics.switches += 1);
+        }
+        self.choice.send_replace(choice.clone());
+        Ok(choice)
+    }
+
+    fn metrics(&self, change: impl FnOnce(&mut Metrics)) {
+        change(&mut self.shared.metrics.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+    }
+}
+
+async fn open(config: &Config, choice: &Choice) -> Result<Box<dyn Backend>> {
+    let mut backend = probe::open(config, choice.mode)?;
+    let restored = backend.restore().await?;
+    tracing::info!(mode = %choice.mode, reason = %choice.reason, found = restored.frontends, "proxy mode chosen");
+    Ok(backend)
+}
+
+impl ProxyHandle {
+    pub fn choice(&self) -> Choice {
+        self.choice.borrow().clone()
+    }
+
+    pub fn mode(&self) -> Mode {
+        self.choice.borrow().mode
+    }
+
+    pub fn health(&self) -> Health {
+        self.health.borrow().clone()
+    }
+
+    pub fn metrics(&self) -> Metrics {
+        *self.shared.metrics.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Resolves once the kernel carries what was listed first.
+    pub async fn synced(&self) {
+        // An error means that the loop has ended; then there is nothing to wait for.
+        let _ = self.health.clone().wait_for(|health| health.synced).await;
+    }
+
+    /// A receiver that changes whenever the kernel has been brought up to date.
+    pub fn watch_health(&self) -> watch::Receiver<Health> {
+        self.health.clone()
+    }
+
+    /// Switches while traffic flows; live connections go on.
+    pub async fn set_mode(&self, wanted: ModeChoice) -> Result<Choice> {
+        let (reply, answer) = oneshot::channel();
+        let stopped = || crate::BackendError::failed("switch the proxy mode", "the proxy has stopped");
+        self.commands.send(Command::SetMode(wanted, reply)).await.map_err(|_| stopped())?;
+        answer.await.map_err(|_| stopped())?
+    }
+
+    /// Stops the loop and takes everything out of the kernel.
+    pub async fn teardown(&self) -> Result<()> {
+        let (reply, answer) = oneshot::channel();
+        if self.commands.send(Command::Stop(Parting::Final, reply)).await.is_err() {
+            return Ok(());
+        }
+        answer.await.unwrap_or(Ok(()))
+    }
+}
