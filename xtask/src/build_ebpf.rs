@@ -69,12 +69,16 @@ impl Rust {
             .filter_map(|entry| entry.ok().map(|entry| entry.path()))
             .find(|path| path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with("libLLVM.so.")));
         found.with_context(|| {
-            format!("{} holds no libLLVM.so.*: this rustc links LLVM statically; install the toolchain by rustup (1.95 or later)", lib.display())
+            format!(
+                "{} holds no libLLVM.so.*: this rustc links LLVM statically; install the toolchain by rustup (1.95 or later)",
+                lib.display()
+            )
         })
     }
 
     fn llvm_major(&self) -> Result<u32> {
-        let version = self.verbose.lines().find_map(|line| line.strip_prefix("LLVM version: ")).context("rustc -vV names no LLVM version")?;
+        let version =
+            self.verbose.lines().find_map(|line| line.strip_prefix("LLVM version: ")).context("rustc -vV names no LLVM version")?;
         let major = version.split('.').next().and_then(|major| major.parse().ok());
         major.with_context(|| format!("LLVM version {version:?} is not a number"))
     }
@@ -264,7 +268,10 @@ fn build(workspace: &Path, out: &Path, rust: &Rust, library: &Path, linker: &Pat
         .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", linker)
         .env("CARGO_ENCODED_RUSTFLAGS", rustflags());
     let status = command.stdin(Stdio::null()).status().context("start cargo for the eBPF programs")?;
-    ensure!(status.success(), "the eBPF programs did not compile: see above (sources in ebpf/programs, shared with ebpf/logic and ebpf/abi)");
+    ensure!(
+        status.success(),
+        "the eBPF programs did not compile: see above (sources in ebpf/programs, shared with ebpf/logic and ebpf/abi)"
+    );
     let built = target_dir.join(TARGET).join("release/outrigger");
     let partial = out.join("outrigger.bpf.o.partial");
     fs::copy(&built, &partial).with_context(|| format!("copy {}", built.display()))?;

@@ -118,7 +118,9 @@ impl Upstream {
 fn link_flags() -> String {
     let version = "k8s.io/component-base/version";
     let minor = UPSTREAM.split('.').nth(1).unwrap_or_default();
-    format!("-s -w -X {version}.gitVersion={UPSTREAM} -X {version}.gitMajor=1 -X {version}.gitMinor={minor} -X {version}.gitTreeState=clean")
+    format!(
+        "-s -w -X {version}.gitVersion={UPSTREAM} -X {version}.gitMajor=1 -X {version}.gitMinor={minor} -X {version}.gitTreeState=clean"
+    )
 }
 
 /// A stock kubectl: upstream's own when Go is there to build it, else the distribution's.

@@ -68,7 +68,8 @@ fn bind(own: &Path, over: &Path) -> Result<()> {
     if !over.exists() {
         return Ok(());
     }
-    mount(Some(own), over, None::<&str>, MsFlags::MS_BIND, None::<&str>).with_context(|| format!("mount {} over {}", own.display(), over.display()))
+    mount(Some(own), over, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .with_context(|| format!("mount {} over {}", own.display(), over.display()))
 }
 
 /// A program's restart clock: at once after a long life, after up to 5 s when it keeps dying.

@@ -90,10 +90,7 @@ impl Lab {
         let port = self.hosts.len();
         ip(
             self.switch.pid,
-            &[
-                &format!("link add port{port} type veth peer name eth0 netns {}", host.pid),
-                &format!("link set port{port} master br0 up"),
-            ],
+            &[&format!("link add port{port} type veth peer name eth0 netns {}", host.pid), &format!("link set port{port} master br0 up")],
         )?;
         let address = host.spec.address.context("a host needs an address")?;
         ip(

@@ -1,0 +1,17 @@
+//! `cargo xtask down`: takes a cluster away, whatever state it is in.
+use anyhow::Result;
+use outrigger_lab::Lab;
+
+use crate::paths;
+use crate::progress::step;
+
+#[derive(clap::Args)]
+pub struct Options {
+    /// The cluster's name
+    #[arg(long, default_value = "outrigger")]
+    pub name: String,
+}
+
+pub fn run(options: &Options) -> Result<()> {
+    step(&format!("take the cluster {} down", options.name), |_| Lab::destroy(&options.name, &paths::lab(&options.name)))
+}
