@@ -1,9 +1,10 @@
 //! What the API server knows about kinds, as pure functions over `serde_json::Value`.
 //!
-//! The order of a write: [`types::decode`] (or [`schema::decode`] for custom resources) → [`default::apply`] → [`prepare::create`] or
+//! The order of a write: [`decode::decode`] (or [`schema::prune`] for custom resources) → [`default::apply`] → [`prepare::create`] or
 //! [`prepare::update`] → [`validate::create`] or [`validate::update`] → [`convert::to_storage`]. A read is [`convert::to_version`] and, on
 //! request, [`table::render`].
 pub mod meta;
+pub mod names;
 pub mod quantity;
 pub mod time;
 
@@ -12,6 +13,7 @@ pub mod status;
 
 pub mod builtin;
 pub mod custom;
+pub mod decode;
 pub mod resource;
 pub mod schema;
 pub mod types;
