@@ -5,6 +5,8 @@
 //! Writes are acknowledged only when they are durable, and watchers see them only after that.
 
 pub mod embedded;
+pub mod memory;
+mod watch;
 
 use std::sync::Arc;
 use std::time::Duration;
