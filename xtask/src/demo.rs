@@ -64,7 +64,7 @@ spec:
         image: {busybox}
         command: ["wget", "-q", "-O", "-", "-T", "2", "http://hello.{NAMESPACE}.svc.cluster.local/"]
 "#,
-        nginx = crate::images::NGINX,
-        busybox = crate::images::BUSYBOX,
+        nginx = crate::images::demo::NGINX,
+        busybox = crate::images::demo::BUSYBOX,
     )
 }

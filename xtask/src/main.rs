@@ -1,6 +1,7 @@
 //! `cargo xtask`: everything that is done to the project and with it, each as one command.
 mod build_ebpf;
 mod cluster;
+mod conformance;
 mod demo;
 mod down;
 mod images;
@@ -30,6 +31,10 @@ enum Task {
     Down(down::Options),
     /// Build the eBPF programs, with their toolchain installed into the cache when it is missing
     BuildEbpf,
+    /// Make the container images of the demo and the tests from Debian packages, into the cache
+    Images,
+    /// Run upstream's conformance suite against a two-node lab and report per SIG
+    Conformance(conformance::Options),
     /// Check the project's invariants that no compiler checks
     Tidy,
     /// Work with the hosts of a running cluster
@@ -42,6 +47,8 @@ fn main() -> Result<()> {
         Task::Up(options) => up::run(&options),
         Task::Down(options) => down::run(&options),
         Task::BuildEbpf => build_ebpf::run(),
+        Task::Images => images::build(&images::demo::recipes()).map(|files| files.iter().for_each(|file| println!("  {}", file.display()))),
+        Task::Conformance(options) => conformance::run_suite(&options),
         Task::Tidy => tidy::run(),
         Task::Lab(lab) => serve::run(lab),
     }

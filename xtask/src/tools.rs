@@ -70,6 +70,7 @@ pub enum Upstream {
     E2eTest,
     KubeApiserver,
     KubeProxy,
+    Ginkgo,
 }
 
 impl Upstream {
@@ -80,6 +81,7 @@ impl Upstream {
             Self::E2eTest => "e2e.test",
             Self::KubeApiserver => "kube-apiserver",
             Self::KubeProxy => "kube-proxy",
+            Self::Ginkgo => "ginkgo",
         }
     }
 
@@ -90,6 +92,7 @@ impl Upstream {
             Self::E2eTest => "k8s.io/kubernetes/test/e2e",
             Self::KubeApiserver => "k8s.io/kubernetes/cmd/kube-apiserver",
             Self::KubeProxy => "k8s.io/kubernetes/cmd/kube-proxy",
+            Self::Ginkgo => "github.com/onsi/ginkgo/v2/ginkgo",
         }
     }
 
@@ -100,12 +103,10 @@ impl Upstream {
         if program.is_file() {
             return Ok(program);
         }
-        let go = find("go").with_context(|| format!("{} is built from Go modules: install Go 1.25 or later", self.name()))?;
+        let mut command = go_build().with_context(|| format!("build {}", self.name()))?;
         step(&format!("build upstream's {} {UPSTREAM}", self.name()), |_| {
             fs::create_dir_all(&directory).with_context(|| format!("create {}", directory.display()))?;
             let draft = directory.join(format!(".{}.{}", self.name(), std::process::id()));
-            let mut command = Command::new(go);
-            command.current_dir(paths::workspace().join("tests/conformance")).env("CGO_ENABLED", "0").env("GOFLAGS", "-mod=mod");
             command.args(if self == Self::E2eTest { &["test", "-c"][..] } else { &["build"][..] });
             command.args(["-trimpath", "-ldflags", &link_flags(), "-o"]).arg(&draft).arg(self.package());
             run(&mut command)?;
@@ -113,6 +114,13 @@ impl Upstream {
         })?;
         Ok(program)
     }
+}
+
+/// Go with the modules that `tests/conformance` pins.
+pub fn go_build() -> Result<Command> {
+    let mut command = Command::new(find("go").context("upstream's programs are built from Go modules: install Go 1.25 or later")?);
+    command.current_dir(paths::workspace().join("tests/conformance")).env("CGO_ENABLED", "0").env("GOFLAGS", "-mod=readonly");
+    Ok(command)
 }
 
 fn link_flags() -> String {

@@ -1,4 +1,7 @@
-//! Container images made of Debian packages, as OCI layouts in the cache: no registry is needed.
+//! Container images made of Debian packages and Go modules, as OCI layouts in the cache: no registry is needed.
+pub mod conformance;
+pub mod demo;
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -11,10 +14,6 @@ use sha2::{Digest, Sha256};
 use crate::paths;
 use crate::progress::step;
 use crate::tools::{self, run};
-
-pub const BUSYBOX: &str = "docker.io/library/busybox:1.35";
-pub const NGINX: &str = "docker.io/library/nginx:1.22";
-const PAUSE: &str = "registry.k8s.io/pause:3.10.1";
 
 /// Raised when a recipe below changes, so that the cache is not taken for current.
 const REVISION: u32 = 1;
@@ -29,30 +28,15 @@ pub struct Recipe {
     pub fill: fn(&Path) -> Result<()>,
 }
 
-/// The images of the demo and the tests; each is a tar file that `ctr images import` takes.
-pub fn build() -> Result<Vec<PathBuf>> {
-    let recipes = [
-        Recipe { file: "pause", names: vec![PAUSE.into()], config: json!({"Entrypoint": ["/pause"], "User": "65535:65535"}), fill: pause },
-        Recipe {
-            file: "busybox",
-            names: vec![BUSYBOX.into(), "docker.io/library/busybox:latest".into()],
-            config: json!({"Cmd": ["sh"], "Env": [PATH]}),
-            fill: busybox,
-        },
-        Recipe {
-            file: "nginx",
-            names: vec![NGINX.into(), "docker.io/library/nginx:latest".into()],
-            config: json!({"Cmd": ["nginx", "-g", "daemon off;"], "Env": [PATH], "ExposedPorts": {"80/tcp": {}}, "StopSignal": "SIGQUIT"}),
-            fill: nginx,
-        },
-    ];
-    recipes.into_iter().map(|recipe| image(&recipe)).collect()
+/// Builds the images that the cache lacks; each is a tar file that `ctr images import` takes.
+pub fn build(recipes: &[Recipe]) -> Result<Vec<PathBuf>> {
+    recipes.iter().map(image).collect()
 }
 
 pub const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Builds one image unless the cache has it.
-pub fn image(recipe: &Recipe) -> Result<PathBuf> {
+fn image(recipe: &Recipe) -> Result<PathBuf> {
     let directory = paths::cache().join("images").join(format!("r{REVISION}"));
     let file = directory.join(format!("{}.tar", recipe.file));
     if file.is_file() {
@@ -139,68 +123,25 @@ pub fn base(root: &Path) -> Result<()> {
     Ok(())
 }
 
-pub fn busybox(root: &Path) -> Result<()> {
-    base(root)?;
-    unpack(root, &["busybox-static"])?;
-    let program = root.join("bin/busybox");
-    for applet in tools::output(Command::new(&program).arg("--list"))?.lines().filter(|applet| *applet != "busybox") {
-        let link = root.join("bin").join(applet);
-        if !link.exists() {
+/// Unpacks packages with everything that they depend on.
+pub fn unpack_closure(root: &Path, packages: &[&str]) -> Result<()> {
+    let mut list = Command::new("apt-get");
+    // With an empty status file apt takes nothing for installed, so the list is complete.
+    list.args(["install", "--yes", "--print-uris", "--no-install-recommends", "-q", "-o", "Dir::State::status=/dev/null"]).args(packages);
+    let listed = tools::output(&mut list)?;
+    let files = listed.lines().filter_map(|line| line.split(' ').nth(1)).filter(|file| file.ends_with(".deb"));
+    let names: Vec<&str> = files.filter_map(|file| file.split('_').next()).collect();
+    unpack(root, &names)
+}
+
+/// Gives every busybox applet a name, unless a program of that name is there.
+pub fn link_applets(root: &Path) -> Result<()> {
+    let folders = ["bin", "sbin", "usr/bin", "usr/sbin"].map(|folder| root.join(folder));
+    for applet in tools::output(Command::new(root.join("bin/busybox")).arg("--list"))?.lines() {
+        if !folders.iter().any(|folder| folder.join(applet).symlink_metadata().is_ok()) {
+            let link = root.join("bin").join(applet);
             symlink("busybox", &link).with_context(|| format!("link {}", link.display()))?;
         }
     }
-    fs::create_dir_all(root.join("usr"))?;
     Ok(())
-}
-
-fn nginx(root: &Path) -> Result<()> {
-    unpack(root, &["nginx", "nginx-common", "libc6", "libcrypt1", "libpcre2-8-0", "libssl3", "zlib1g", "busybox-static"])?;
-    base(root)?;
-    for applet in tools::output(Command::new(root.join("bin/busybox")).arg("--list"))?.lines() {
-        let link = root.join("bin").join(applet);
-        if !link.exists() {
-            symlink("busybox", &link)?;
-        }
-    }
-    for directory in ["var/lib/nginx", "var/log/nginx", "var/cache/nginx", "etc/nginx/conf.d", "usr/share/nginx/html"] {
-        fs::create_dir_all(root.join(directory))?;
-    }
-    let config = "user www-data;\nworker_processes 1;\nerror_log /dev/stderr notice;\npid /run/nginx.pid;\nevents { worker_connections 1024; }\n\
-        http {\n  include /etc/nginx/mime.types;\n  access_log /dev/stdout;\n  include /etc/nginx/conf.d/*.conf;\n}\n";
-    fs::write(root.join("etc/nginx/nginx.conf"), config)?;
-    fs::write(
-        root.join("etc/nginx/conf.d/default.conf"),
-        "server {\n  listen 80;\n  root /usr/share/nginx/html;\n  index index.html;\n  location = /hostname { default_type text/plain; return 200 \"$hostname\\n\"; }\n}\n",
-    )?;
-    // Debian's page tells how to set nginx up on Debian, which nobody in a container wants to know.
-    fs::write(
-        root.join("usr/share/nginx/html/index.html"),
-        "<!DOCTYPE html>\n<title>Welcome to nginx!</title>\n<h1>Welcome to nginx!</h1>\n",
-    )?;
-    let _ = fs::remove_dir_all(root.join("usr/share/doc"));
-    let _ = fs::remove_dir_all(root.join("usr/share/man"));
-    Ok(())
-}
-
-/// The process that holds a pod's namespaces: it sleeps, and reaps orphans when the pod shares a PID namespace.
-const PAUSE_SOURCE: &str = r"
-#include <signal.h>
-#include <stdlib.h>
-#include <sys/wait.h>
-#include <unistd.h>
-static void end(int signal) { (void)signal; _exit(0); }
-static void reap(int signal) { (void)signal; while (waitpid(-1, NULL, WNOHANG) > 0); }
-int main(void) {
-    struct sigaction ending = {.sa_handler = end}, reaping = {.sa_handler = reap, .sa_flags = SA_NOCLDSTOP};
-    sigaction(SIGINT, &ending, NULL);
-    sigaction(SIGTERM, &ending, NULL);
-    sigaction(SIGCHLD, &reaping, NULL);
-    for (;;) pause();
-}
-";
-
-fn pause(root: &Path) -> Result<()> {
-    let source = root.with_file_name("pause.c");
-    fs::write(&source, PAUSE_SOURCE)?;
-    run(Command::new("cc").args(["-static", "-Os", "-s", "-o"]).arg(root.join("pause")).arg(&source))
 }
