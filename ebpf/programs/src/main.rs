@@ -1,5 +1,16 @@
+//! The eBPF programs: thin entry points around `outrigger-logic`. Built by `cargo xtask build-ebpf`.
 #![no_std]
 #![no_main]
+
+mod maps;
+mod socket;
+
 #[cfg(not(test))]
 #[panic_handler]
-fn panic(_info: &core::panic::PanicInfo<'_>) -> ! { loop {} }
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

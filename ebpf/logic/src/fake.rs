@@ -1,0 +1,86 @@
+//! The maps as plain collections, for the tests.
+extern crate std;
+use core::cell::{Cell, RefCell};
+use std::boxed::Box;
+use std::collections::HashMap;
+use std::vec::Vec;
+
+use outrigger_abi::{Addr, Affinity, AffinityKey, Datagram, DatagramKey, Endpoint, Frontend, FrontendKey, Port, Range, Slot, TCP};
+
+use crate::service::Tables;
+use crate::socket::Socket;
+
+#[derive(Default)]
+pub struct Fake {
+    pub frontends: HashMap<FrontendKey, Frontend>,
+    pub slots: Vec<Slot>,
+    pub nodes: HashMap<Addr, u32>,
+    pub affinity: RefCell<HashMap<AffinityKey, Affinity>>,
+    pub datagrams: RefCell<HashMap<DatagramKey, Datagram>>,
+    pub random: Cell<u32>,
+    pub now: Cell<u64>,
+}
+
+pub fn endpoint(text: &str) -> Endpoint {
+    let socket: core::net::SocketAddr = text.parse().unwrap();
+    Endpoint::new(Addr::from(socket.ip()), Port::new(socket.port()))
+}
+
+pub fn tcp(text: &str) -> FrontendKey {
+    let endpoint = endpoint(text);
+    FrontendKey::new(endpoint.addr, endpoint.port, TCP)
+}
+
+impl Fake {
+    /// Appends a set of backends for `service`.
+    pub fn set(&mut self, service: u32, backends: &[&str]) -> Range {
+        let base = self.slots.len() as u32;
+        for backend in backends {
+            let Endpoint { addr, port, .. } = endpoint(backend);
+            self.slots.push(Slot { addr, port, flags: 0, service });
+        }
+        Range { base, count: backends.len() as u32 }
+    }
+
+    pub fn serve(&mut self, key: FrontendKey, service: u32, backends: &[&str]) -> &mut Frontend {
+        let range = self.set(service, backends);
+        self.frontends.entry(key).or_insert(Frontend { service, internal: range, external: range, ..Frontend::default() })
+    }
+}
+
+impl Tables for Fake {
+    fn frontend(&self, key: &FrontendKey) -> Option<&Frontend> {
+        self.frontends.get(key)
+    }
+    fn slot(&self, index: u32) -> Option<&Slot> {
+        self.slots.get(index as usize)
+    }
+    fn node_address(&self, addr: &Addr) -> Option<u32> {
+        self.nodes.get(addr).copied()
+    }
+    fn affinity(&self, key: &AffinityKey) -> Option<&Affinity> {
+        // Leaked, so that it can be lent while the map changes: tests are short.
+        self.affinity.borrow().get(key).map(|affinity| &*Box::leak(Box::new(*affinity)))
+    }
+    fn remember(&self, key: &AffinityKey, affinity: &Affinity) {
+        self.affinity.borrow_mut().insert(*key, *affinity);
+    }
+    fn random(&self) -> u32 {
+        self.random.get()
+    }
+    fn now(&self) -> u64 {
+        self.now.get()
+    }
+}
+
+impl Socket for Fake {
+    fn cookie(&self) -> u64 {
+        7
+    }
+    fn datagram(&self, key: &DatagramKey) -> Option<&Datagram> {
+        self.datagrams.borrow().get(key).map(|datagram| &*Box::leak(Box::new(*datagram)))
+    }
+    fn set_datagram(&self, key: &DatagramKey, value: &Datagram) {
+        self.datagrams.borrow_mut().insert(*key, *value);
+    }
+}

@@ -1,0 +1,89 @@
+//! The maps, and the decisions' view of them. Sizes here are placeholders: the agent sets them when it loads the object.
+
+use aya_ebpf::Global;
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::btf_maps::SkStorage;
+use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
+use aya_ebpf::macros::{btf_map, map};
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use outrigger_abi as abi;
+use outrigger_logic::service::Tables;
+
+/// Cookie of the node's own network namespace.
+#[unsafe(no_mangle)]
+static HOST_NAMESPACE: Global<u64> = Global::new(0);
+
+// Not preallocated: an element that is replaced or deleted stays whole for the readers that hold it.
+#[map(name = "frontends")]
+static FRONTENDS: HashMap<abi::FrontendKey, abi::Frontend> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+#[map(name = "slots")]
+static SLOTS: Array<abi::Slot> = Array::with_max_entries(1024, 0);
+#[map(name = "node_addresses")]
+static NODE_ADDRESSES: HashMap<abi::Addr, u32> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+#[map(name = "affinity")]
+static AFFINITY: LruHashMap<abi::AffinityKey, abi::Affinity> = LruHashMap::with_max_entries(1024, 0);
+#[map(name = "datagrams")]
+pub static DATAGRAMS: LruHashMap<abi::DatagramKey, abi::Datagram> = LruHashMap::with_max_entries(1024, 0);
+#[map(name = "counters")]
+static COUNTERS: PerCpuArray<abi::Counters> = PerCpuArray::with_max_entries(1024, 0);
+#[btf_map(name = "peers")]
+pub static PEERS: SkStorage<abi::Peer> = SkStorage::new();
+
+/// The kernel's maps.
+pub struct Kernel;
+
+impl Tables for Kernel {
+    #[inline(always)]
+    fn frontend(&self, key: &abi::FrontendKey) -> Option<&abi::Frontend> {
+        // SAFETY: the map isn't preallocated, so the element isn't reused while this program runs.
+        unsafe { FRONTENDS.get(key) }
+    }
+
+    #[inline(always)]
+    fn slot(&self, index: u32) -> Option<&abi::Slot> {
+        SLOTS.get(index)
+    }
+
+    #[inline(always)]
+    fn node_address(&self, addr: &abi::Addr) -> Option<u32> {
+        // SAFETY: as for FRONTENDS.
+        unsafe { NODE_ADDRESSES.get(addr) }.copied()
+    }
+
+    #[inline(always)]
+    fn affinity(&self, key: &abi::AffinityKey) -> Option<&abi::Affinity> {
+        // SAFETY: an element that is evicted meanwhile may be read torn; the backend in it is checked against the set.
+        unsafe { AFFINITY.get(key) }
+    }
+
+    #[inline(always)]
+    fn remember(&self, key: &abi::AffinityKey, affinity: &abi::Affinity) {
+        // A full LRU map evicts; what still fails only costs the client its affinity.
+        let _ = AFFINITY.insert(key, affinity, 0);
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: takes no argument.
+        unsafe { bpf_get_prandom_u32() }
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        // SAFETY: takes no argument.
+        unsafe { bpf_ktime_get_coarse_ns() }
+    }
+}
+
+#[inline(always)]
+pub fn host_namespace() -> u64 {
+    HOST_NAMESPACE.load()
+}
+
+#[inline(always)]
+pub fn count(service: u32, update: impl FnOnce(&mut abi::Counters)) {
+    if let Some(counters) = COUNTERS.get_ptr_mut(service) {
+        // SAFETY: the element belongs to this CPU; a program that interrupts this one costs at most one count.
+        update(unsafe { &mut *counters });
+    }
+}
