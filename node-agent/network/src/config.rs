@@ -1,0 +1,89 @@
+//! The CNI configuration that the container runtime reads, and the plugin's place in its binary folder.
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use ipnet::IpNet;
+use serde_json::json;
+
+use crate::cni::PLUGIN_NAME;
+
+const FILE_NAME: &str = "10-outrigger.conflist";
+/// What Debian's containerd 1.6 speaks; newer runtimes take it as well.
+const VERSION: &str = "1.0.0";
+
+/// Puts the configuration into `directory`; the runtime sees the old file or the new one, never a part.
+/// Returns whether anything changed.
+pub fn write(directory: &Path, data_dir: &Path, pod_cidrs: &[IpNet], mtu: u32) -> io::Result<bool> {
+    let text = render(data_dir, pod_cidrs, mtu);
+    let path = directory.join(FILE_NAME);
+    if fs::read_to_string(&path).is_ok_and(|current| current == text) {
+        return Ok(false);
+    }
+    fs::create_dir_all(directory)?;
+    // The runtime reads every *.conflist in the folder, so the unfinished file must not look like one.
+    let temporary = directory.join(format!(".{FILE_NAME}.new"));
+    fs::write(&temporary, text)?;
+    fs::rename(&temporary, &path)?;
+    Ok(true)
+}
+
+fn render(data_dir: &Path, pod_cidrs: &[IpNet], mtu: u32) -> String {
+    let document = json!({
+        "cniVersion": VERSION,
+        "name": "outrigger",
+        "plugins": [{
+            "type": PLUGIN_NAME,
+            "podCIDRs": pod_cidrs,
+            "dataDir": data_dir,
+            "mtu": mtu,
+            // Declared so that the runtime hands them over; the data path takes host ports from the pods themselves.
+            "capabilities": {"portMappings": true},
+        }],
+    });
+    format!("{document:#}\n")
+}
+
+/// Makes `directory/outrigger-cni` lead to `binary`.
+pub fn install_plugin(directory: &Path, binary: &Path) -> io::Result<()> {
+    let link = directory.join(PLUGIN_NAME);
+    if fs::read_link(&link).is_ok_and(|target| target == binary) {
+        return Ok(());
+    }
+    fs::create_dir_all(directory)?;
+    let temporary = directory.join(format!(".{PLUGIN_NAME}.new"));
+    match fs::remove_file(&temporary) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    symlink(binary, &temporary)?;
+    fs::rename(&temporary, &link)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writes_only_what_changed() {
+        let directory = tempfile::tempdir().unwrap();
+        let write = |cidr: &str| write(directory.path(), Path::new("/var/lib/x"), &[cidr.parse().unwrap()], 1450).unwrap();
+        assert!(write("10.0.0.0/24"));
+        assert!(!write("10.0.0.0/24"));
+        assert!(write("10.0.1.0/24"));
+        let text = fs::read_to_string(directory.path().join(FILE_NAME)).unwrap();
+        let document: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(document["plugins"][0]["podCIDRs"], json!(["10.0.1.0/24"]));
+        assert_eq!(document["plugins"][0]["type"], "outrigger-cni");
+    }
+
+    #[test]
+    fn the_plugin_is_a_link_that_can_move() {
+        let directory = tempfile::tempdir().unwrap();
+        for binary in ["/a/outrigger-node", "/b/outrigger-node"] {
+            install_plugin(directory.path(), Path::new(binary)).unwrap();
+            assert_eq!(fs::read_link(directory.path().join(PLUGIN_NAME)).unwrap(), Path::new(binary));
+        }
+    }
+}
