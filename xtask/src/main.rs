@@ -31,8 +31,12 @@ enum Task {
     Down(down::Options),
     /// Build the eBPF programs, with their toolchain installed into the cache when it is missing
     BuildEbpf,
-    /// Make the container images of the demo and the tests from Debian packages, into the cache
-    Images,
+    /// Make the container images of the demo from Debian packages, into the cache
+    Images {
+        /// Make those of the conformance suite too
+        #[arg(long)]
+        conformance: bool,
+    },
     /// Run upstream's conformance suite against a two-node lab and report per SIG
     Conformance(conformance::Options),
     /// Check the project's invariants that no compiler checks
@@ -47,9 +51,18 @@ fn main() -> Result<()> {
         Task::Up(options) => up::run(&options),
         Task::Down(options) => down::run(&options),
         Task::BuildEbpf => build_ebpf::run(),
-        Task::Images => images::build(&images::demo::recipes()).map(|files| files.iter().for_each(|file| println!("  {}", file.display()))),
+        Task::Images { conformance } => make_images(conformance),
         Task::Conformance(options) => conformance::run_suite(&options),
         Task::Tidy => tidy::run(),
         Task::Lab(lab) => serve::run(lab),
     }
+}
+
+fn make_images(conformance: bool) -> Result<()> {
+    let mut recipes = images::demo::recipes();
+    if conformance {
+        recipes.extend(images::conformance::recipes());
+    }
+    images::build(&recipes)?.iter().for_each(|file| println!("  {}", file.display()));
+    Ok(())
 }
