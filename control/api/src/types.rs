@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::sync::LazyLock;
 
+pub use crate::decode::{Decoded, decode, decode_as, parse_json};
+
 /// Index into [`graph`]'s types.
 pub type TypeId = usize;
 
