@@ -9,6 +9,7 @@ mod kubectl;
 mod paths;
 mod progress;
 mod serve;
+mod test;
 mod tidy;
 mod tools;
 mod up;
@@ -29,6 +30,8 @@ enum Task {
     Up(up::Options),
     /// Take a cluster and everything that it left away
     Down(down::Options),
+    /// Set up what the tests need and run all of them
+    Test(test::Options),
     /// Build the eBPF programs, with their toolchain installed into the cache when it is missing
     BuildEbpf,
     /// Make the container images of the demo from Debian packages, into the cache
@@ -50,6 +53,7 @@ fn main() -> Result<()> {
     match Cli::parse().task {
         Task::Up(options) => up::run(&options),
         Task::Down(options) => down::run(&options),
+        Task::Test(options) => test::run(&options),
         Task::BuildEbpf => build_ebpf::run(),
         Task::Images { conformance } => make_images(conformance),
         Task::Conformance(options) => conformance::run_suite(&options),

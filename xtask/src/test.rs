@@ -1,0 +1,79 @@
+//! `cargo xtask test`: everything that has to pass, from formatting to a two-node cluster in each proxy mode.
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::cluster::Cluster;
+use crate::progress::step;
+use crate::{build_ebpf, down, paths, tidy, tools, up};
+
+const LAB: &str = "e2e";
+
+#[derive(clap::Args)]
+pub struct Options {
+    /// Run only the end-to-end tests
+    #[arg(long)]
+    e2e_only: bool,
+    /// Leave the end-to-end tests out
+    #[arg(long, conflicts_with = "e2e_only")]
+    no_e2e: bool,
+    /// Run the end-to-end tests in these proxy modes only
+    #[arg(long, value_delimiter = ',', default_value = "ebpf,nftables,userspace")]
+    modes: Vec<String>,
+}
+
+pub fn run(options: &Options) -> Result<()> {
+    tools::install_runtime()?;
+    build_ebpf::run()?;
+    if !options.e2e_only {
+        step("check the formatting", |_| tools::run(cargo().args(["fmt", "--all", "--check"])))?;
+        step("check the invariants", |_| tidy::run())?;
+        step("clippy", |_| tools::run(cargo().args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"])))?;
+        println!("unit and scenario tests");
+        tools::show(cargo().args(["test", "--workspace", "--exclude", "outrigger-e2e", "--no-fail-fast"]))?;
+    }
+    if !options.no_e2e {
+        for (index, mode) in options.modes.iter().enumerate() {
+            // What does not depend on the mode runs in the first one.
+            let tests: &[&str] = if index == 0 { &["workloads", "services", "crash"] } else { &["services", "crash"] };
+            end_to_end(mode, tests)?;
+        }
+    }
+    Ok(())
+}
+
+fn end_to_end(mode: &str, tests: &[&str]) -> Result<()> {
+    println!("end-to-end tests, proxy mode {mode}");
+    down::run(&down::Options { name: LAB.into() })?;
+    let cluster = up::start(&up::Options {
+        nodes: 2,
+        name: LAB.into(),
+        proxy_mode: mode.into(),
+        api_port: None,
+        no_demo: true,
+        profile: "dev".into(),
+    })?;
+    let result = run_tests(&cluster, tests);
+    if result.is_err() {
+        bail!(
+            "the end-to-end tests failed in mode {mode}; the cluster is left for a look: logs are in {}/hosts/*/log, \
+             `cargo xtask down --name {LAB}` takes it away",
+            cluster.directory().display()
+        );
+    }
+    down::run(&down::Options { name: LAB.into() })
+}
+
+fn run_tests(cluster: &Cluster, tests: &[&str]) -> Result<()> {
+    let mut command = cargo();
+    command.args(["test", "--package", "outrigger-e2e", "--no-fail-fast"]);
+    command.args(tests.iter().flat_map(|test| ["--test", *test]));
+    command.env("OUTRIGGER_LAB", cluster.directory()).env("OUTRIGGER_KUBECTL", tools::kubectl()?);
+    tools::show(command.env("OUTRIGGER_PROXY_MODE", &cluster.proxy_mode))
+}
+
+fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(paths::workspace());
+    command
+}
