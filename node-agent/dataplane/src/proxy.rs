@@ -40,6 +40,7 @@ pub struct Metrics {
 
 enum Command {
     SetMode(ModeChoice, oneshot::Sender<Result<Choice>>),
+    Settle(oneshot::Sender<Health>),
     Stop(Parting, oneshot::Sender<Result<()>>),
 }
 
@@ -147,6 +148,14 @@ impl Proxy {
                     }
                     Some(Command::SetMode(wanted, reply)) => {
                         let _ = reply.send(self.switch(wanted).await);
+                    }
+                    Some(Command::Settle(reply)) => {
+                        let since = Instant::now();
+                        while let Ok(change) = changes.try_recv() {
+                            self.take(&change);
+                        }
+                        wake_at = self.sync(since).await;
+                        let _ = reply.send(self.health.borrow().clone());
                     }
                 },
                 change = changes.recv(), if watching => match change {
@@ -292,6 +301,15 @@ impl ProxyHandle {
     /// A receiver that changes whenever the kernel has been brought up to date.
     pub fn watch_health(&self) -> watch::Receiver<Health> {
         self.health.clone()
+    }
+
+    /// Resolves once everything that was sent before is in the kernel, or has failed to get there.
+    pub async fn settle(&self) -> Health {
+        let (reply, answer) = oneshot::channel();
+        if self.commands.send(Command::Settle(reply)).await.is_err() {
+            return self.health();
+        }
+        answer.await.unwrap_or_else(|_| self.health())
     }
 
     /// Switches while traffic flows; live connections go on.

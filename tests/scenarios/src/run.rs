@@ -1,0 +1,173 @@
+//! Plays scenarios in a world.
+use std::collections::{BTreeSet, HashMap};
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result, bail, ensure};
+use outrigger_dataplane::Mode;
+use serde_json::Value;
+
+use crate::list::{Expect, Scenario, Step};
+use crate::talk::{ProxyConfig, ProxyRequest, Reply, Request, Transport};
+use crate::world::{NODE_IP, NODE_NAME, Place, World};
+
+/// Enough that three equally likely backends have all answered, but for one run in 10^8.
+const DIALS: usize = 48;
+
+pub struct Player<'a> {
+    world: &'a mut World,
+    mode: Mode,
+    objects: Vec<Value>,
+    /// Where each connection is, and who answered on it first.
+    open: HashMap<&'static str, (Place, Reply)>,
+}
+
+/// Plays the scenario from a fresh proxy; the kernel still has what the last scenario left.
+pub fn play(world: &mut World, mode: Mode, scenario: &Scenario) -> Result<()> {
+    let mut player = Player { world, mode, objects: parse(&scenario.objects)?, open: HashMap::new() };
+    player.objects.push(serde_json::json!({"kind": "Node", "metadata": {"name": NODE_NAME}}));
+    player.restart()?;
+    for (number, step) in scenario.steps.iter().enumerate() {
+        player.step(step).with_context(|| format!("step {} ({step:?})", number + 1))?;
+    }
+    Ok(())
+}
+
+fn parse(yaml: &str) -> Result<Vec<Value>> {
+    use serde::Deserialize;
+    let documents = serde_yaml_ng::Deserializer::from_str(yaml).map(Value::deserialize);
+    let objects: Vec<Value> = documents.collect::<Result<_, _>>().with_context(|| format!("read {yaml}"))?;
+    Ok(objects.into_iter().filter(|object| !object.is_null()).collect())
+}
+
+impl Player<'_> {
+    fn restart(&mut self) -> Result<()> {
+        self.world.kill_proxy();
+        let config = ProxyConfig {
+            mode: self.mode.to_string(),
+            node_name: NODE_NAME.into(),
+            node_ips: vec![NODE_IP.parse()?],
+            cluster_cidrs: vec!["10.244.0.0/16".into(), "fd00:244::/32".into()],
+            cgroup2_path: self.world.cgroup.display().to_string(),
+            pin_dir: self.world.pin_dir.display().to_string(),
+            instance: "scenario".into(),
+        };
+        self.world.proxy(ProxyRequest::Start { config, objects: self.objects.clone() })
+    }
+
+    fn step(&mut self, step: &Step) -> Result<()> {
+        match step {
+            Step::Apply(yaml) => {
+                for object in parse(yaml)? {
+                    self.forget(&object);
+                    self.objects.push(object.clone());
+                    self.world.proxy(ProxyRequest::Apply(object))?;
+                }
+                Ok(())
+            }
+            Step::Delete(yaml) => {
+                for object in parse(yaml)? {
+                    self.forget(&object);
+                    self.world.proxy(ProxyRequest::Delete(object))?;
+                }
+                Ok(())
+            }
+            Step::Dial { from, transport, to, expect } => {
+                let target = to.parse()?;
+                let single = !matches!(expect, Expect::From(_) | Expect::OneOf(_));
+                let dials = if single { 1 } else { DIALS };
+                let replies: Result<Vec<Reply>> =
+                    (0..dials).map(|_| self.world.ask(*from, &Request::Dial { transport: *transport, target })).collect();
+                check(&replies?, target, expect)
+            }
+            Step::Open { id, from, transport, to, expect } => self.open(id, *from, *transport, to, true, expect),
+            Step::OpenUnconnected { id, from, to, expect } => self.open(id, *from, Transport::Udp, to, false, expect),
+            Step::Same { id } => {
+                let (place, first) = self.open.get(id).cloned().context("not open")?;
+                let again = self.world.ask(place, &Request::Say { id: (*id).into() })?;
+                ensure!(again == first, "first {first:?}, now {again:?}");
+                Ok(())
+            }
+            Step::Say { id, expect } => {
+                let (place, first) = self.open.get(id).cloned().context("not open")?;
+                let Reply::Answer { seen_from, .. } = first else { bail!("not open") };
+                let reply = self.world.ask(place, &Request::Say { id: (*id).into() })?;
+                check(&[reply], seen_from, expect)
+            }
+            Step::Stream { from, to } => {
+                let bytes = 1 << 20;
+                let reply = self.world.ask(*from, &Request::Stream { target: to.parse()?, bytes })?;
+                ensure!(reply == Reply::Streamed(bytes), "{reply:?}");
+                Ok(())
+            }
+            Step::KillAndRestart => self.restart(),
+            Step::SwitchTo(mode) => self.world.proxy(ProxyRequest::SetMode(mode.to_string())),
+            Step::Sleep(time) => {
+                std::thread::sleep(*time);
+                Ok(())
+            }
+        }
+    }
+
+    fn open(&mut self, id: &'static str, from: Place, transport: Transport, to: &str, connected: bool, expect: &Expect) -> Result<()> {
+        let target = to.parse()?;
+        let reply = self.world.ask(from, &Request::Open { id: id.into(), transport, target, connected })?;
+        check(std::slice::from_ref(&reply), target, expect)?;
+        self.open.insert(id, (from, reply));
+        Ok(())
+    }
+
+    fn forget(&mut self, object: &Value) {
+        let same = |known: &Value| known["kind"] == object["kind"] && known["metadata"]["name"] == object["metadata"]["name"];
+        self.objects.retain(|known| !same(known));
+    }
+}
+
+fn check(replies: &[Reply], target: SocketAddr, expect: &Expect) -> Result<()> {
+    let mut names = BTreeSet::new();
+    for reply in replies {
+        match (reply, expect) {
+            (Reply::Answer { name, seen_from, .. }, Expect::From(_) | Expect::OneOf(_)) => {
+                ensure!(*seen_from == target, "asked {target}, but the answer seems to come from {seen_from}");
+                names.insert(name.as_str());
+            }
+            (Reply::Answer { name, peer, .. }, Expect::Sees(wanted, address)) => {
+                ensure!(name == wanted && peer.to_string() == *address, "{name} sees {peer}");
+            }
+            (Reply::Refused, Expect::Refused | Expect::Ended) | (Reply::Reset, Expect::Ended) | (Reply::TimedOut, Expect::TimedOut) => {}
+            (other, expect) => bail!("expected {expect:?}, got {other:?} (others: {names:?})"),
+        }
+    }
+    match expect {
+        Expect::From(wanted) => ensure!(names == wanted.iter().copied().collect(), "expected answers from {wanted:?}, got {names:?}"),
+        Expect::OneOf(wanted) => {
+            ensure!(names.len() == 1 && names.iter().all(|name| wanted.contains(name)), "expected one of {wanted:?}, got {names:?}");
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// Plays all scenarios that the mode supports and reports each; `filter` narrows them by name.
+pub fn play_all(host_program: &std::path::Path, mode: Mode, filter: Option<&str>) -> Result<()> {
+    let mut world = World::new(host_program, &mode.to_string())?;
+    let mut failed = Vec::new();
+    for scenario in crate::list::all() {
+        if filter.is_some_and(|filter| !scenario.name.contains(filter)) {
+            continue;
+        }
+        if let Some((_, reason)) = scenario.unsupported.iter().find(|(unable, _)| *unable == mode) {
+            println!("{mode}: not supported: {}: {reason}", scenario.name);
+            continue;
+        }
+        let started = std::time::Instant::now();
+        match play(&mut world, mode, &scenario) {
+            Ok(()) => println!("{mode}: ok: {} ({:.1?})", scenario.name, started.elapsed()),
+            Err(error) => {
+                println!("{mode}: FAILED: {}: {error:#}", scenario.name);
+                failed.push(scenario.name);
+            }
+        }
+    }
+    ensure!(failed.is_empty(), "{mode}: {} scenarios failed: {failed:#?}", failed.len());
+    Ok(())
+}
