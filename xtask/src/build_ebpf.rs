@@ -249,7 +249,7 @@ fn build(workspace: &Path, out: &Path, rust: &Rust, library: &Path, linker: &Pat
     let object = out.join("outrigger.bpf.o");
     let stamp = out.join("outrigger.bpf.fingerprint");
     let fingerprint = fingerprint(workspace, rust)?;
-    if object.is_file() && fs::read_to_string(&stamp).is_ok_and(|old| old == fingerprint) {
+    if fs::metadata(&object).is_ok_and(|meta| meta.len() > 0) && fs::read_to_string(&stamp).is_ok_and(|old| old == fingerprint) {
         say(&format!("{}: up to date", object.display()));
         return Ok(());
     }

@@ -1,4 +1,5 @@
 //! `cargo xtask`: everything that is done to the project and with it, each as one command.
+mod bench;
 mod build_ebpf;
 mod cluster;
 mod conformance;
@@ -40,6 +41,8 @@ enum Task {
         #[arg(long)]
         conformance: bool,
     },
+    /// Measure against a named reference
+    Bench(bench::Options),
     /// Run upstream's conformance suite against a two-node lab and report per SIG
     Conformance(conformance::Options),
     /// Check the project's invariants that no compiler checks
@@ -56,6 +59,7 @@ fn main() -> Result<()> {
         Task::Test(options) => test::run(&options),
         Task::BuildEbpf => build_ebpf::run(),
         Task::Images { conformance } => make_images(conformance),
+        Task::Bench(options) => bench::run(&options),
         Task::Conformance(options) => conformance::run_suite(&options),
         Task::Tidy => tidy::run(),
         Task::Lab(lab) => serve::run(lab),

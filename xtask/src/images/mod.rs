@@ -35,10 +35,15 @@ pub fn build(recipes: &[Recipe]) -> Result<Vec<PathBuf>> {
 
 pub const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// Where the cache has the image of that name.
+pub fn file(name: &str) -> PathBuf {
+    paths::cache().join("images").join(format!("r{REVISION}")).join(format!("{name}.tar"))
+}
+
 /// Builds one image unless the cache has it.
 fn image(recipe: &Recipe) -> Result<PathBuf> {
-    let directory = paths::cache().join("images").join(format!("r{REVISION}"));
-    let file = directory.join(format!("{}.tar", recipe.file));
+    let file = file(recipe.file);
+    let directory = file.with_file_name("");
     if file.is_file() {
         return Ok(file);
     }
