@@ -13,11 +13,21 @@ pub mod store;
 pub mod worker;
 
 pub mod deployment;
+pub mod discovery;
+pub mod endpoints;
+pub mod endpointslice;
+pub mod mirroring;
+pub mod namespace;
+pub mod nodes;
 pub mod replicaset;
+pub mod root_ca;
+pub mod serviceaccount;
 
 use std::future::Future;
 use std::sync::Arc;
 
+use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
+use k8s_openapi::api::core::v1::{Secret, ServiceAccount};
 use kube::Client;
 use tokio::task::JoinSet;
 use tracing::info;
@@ -33,7 +43,17 @@ pub struct Config {
     pub service_cidr: Option<ipnet::IpNet>,
     /// The PEM bundle published to every namespace as kube-root-ca.crt.
     pub root_ca: Vec<u8>,
+    /// Makes the token of a Secret of type kubernetes.io/service-account-token. None: such Secrets stay empty.
+    pub sign_token: Option<SignToken>,
+    /// Issues the certificate that an approved CertificateSigningRequest asks for, in PEM. None: nothing is signed.
+    pub sign_certificate: Option<SignCertificate>,
 }
+
+/// A token for a ServiceAccount, to live in a Secret; an error is text for the log.
+pub type SignToken = Arc<dyn Fn(&ServiceAccount, &Secret) -> Result<String, String> + Send + Sync>;
+
+/// A certificate chain in PEM for a request; an error is text for the request's Failed condition.
+pub type SignCertificate = Arc<dyn Fn(&CertificateSigningRequest) -> Result<Vec<u8>, String> + Send + Sync>;
 
 /// What every controller works with.
 #[derive(Clone)]
@@ -66,4 +86,11 @@ pub async fn run_with(informers: Arc<Informers>, config: Config, shutdown: impl 
 fn start(context: &Context, tasks: &mut JoinSet<()>) {
     deployment::start(context, tasks);
     replicaset::start(context, tasks);
+    endpointslice::start(context, tasks);
+    endpoints::start(context, tasks);
+    mirroring::start(context, tasks);
+    serviceaccount::start(context, tasks);
+    root_ca::start(context, tasks);
+    namespace::start(context, tasks);
+    nodes::start(context, tasks);
 }
