@@ -99,9 +99,10 @@ impl World {
             pin_dir,
             host_program: host_program.into(),
         };
-        for (place, name) in [(Place::PodA, "a"), (Place::PodB, "b"), (Place::Remote, "r")] {
+        let servers = [(Place::PodA, "a", "[::]"), (Place::PodB, "b", "[::]"), (Place::Remote, "r", POD_R), (Place::Remote, "r", "[fd00:244:2::a]")];
+        for (place, name, ip) in servers {
             for transport in [Transport::Tcp, Transport::Udp] {
-                let address = format!("[::]:{PORT}").parse().context("server address")?;
+                let address = format!("{ip}:{PORT}").parse().context("server address")?;
                 let reply = world.ask(place, &Request::Serve { transport, address, name: name.into() })?;
                 anyhow::ensure!(reply == Reply::Done, "serve at {place:?}: {reply:?}");
             }

@@ -5,6 +5,7 @@ use std::process::{Command, Stdio};
 use outrigger_desired::{Delta, Table};
 
 use super::render::{self, Model, Surroundings};
+use crate::conntrack;
 use crate::backend::{Applied, BackendError, Result};
 
 #[derive(Debug)]
@@ -31,7 +32,9 @@ impl Kernel {
         if !text.is_empty() {
             nft(&text)?;
         }
-        Ok(Applied { upserted: delta.upserts.len(), removed: delta.removals.len(), ended: 0 })
+        // After the rules: what is translated anew meets the new ones.
+        let ended = conntrack::sweep(table, delta).map_err(|error| BackendError::kernel("end tracked connections to gone backends", error))?;
+        Ok(Applied { upserted: delta.upserts.len(), removed: delta.removals.len(), ended })
     }
 
     /// True when chains are left that couldn't be deleted yet.

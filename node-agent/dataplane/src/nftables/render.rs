@@ -44,7 +44,7 @@ pub(super) fn skeleton(around: &Surroundings) -> String {
     // Rejecting in prerouting (Linux 5.9) needs no route to the Service's address. TCP packets that begin no connection are never
     // translated: they belong to a connection that is known to conntrack, or to one that has to be refused.
     text.push_str(&format!(
-        "	chain reject {{
+        "	chain refuse {{
 		meta l4proto tcp reject with tcp reset
 		reject with icmpx type port-unreachable
 	}}
@@ -63,8 +63,8 @@ pub(super) fn skeleton(around: &Surroundings) -> String {
 		fib daddr type local {nodeport6}meta nfproto ipv6 meta l4proto . th dport vmap @no-endpoint-ports6
 	}}
 	chain unknown-port {{
-		ip daddr @cluster-ips4 fib daddr type != local goto reject
-		ip6 daddr @cluster-ips6 fib daddr type != local goto reject
+		ip daddr @cluster-ips4 fib daddr type != local goto refuse
+		ip6 daddr @cluster-ips6 fib daddr type != local goto refuse
 	}}
 	chain services {{
 		meta l4proto tcp tcp flags & (fin | syn | rst | ack) != syn return
@@ -378,7 +378,7 @@ fn needs(frontend: Frontend, entry: &Entry) -> Needs {
     if entry.backends.is_empty() {
         let verdict = match (entry.no_endpoints, &entry.short_circuit) {
             (_, Some(_)) => Verdict::Goto("drop-outside".into()),
-            (NoEndpoints::Reject, None) => Verdict::Goto("reject".into()),
+            (NoEndpoints::Reject, None) => Verdict::Goto("refuse".into()),
             (NoEndpoints::Drop, None) => Verdict::Drop,
         };
         let set = if matches!(frontend.address, Address::Ip(_)) { Set::NoEndpoints } else { Set::NoEndpointPorts };
