@@ -3,6 +3,7 @@
 //!
 //! Everything works in the network namespace that the process runs in: the machine's own on a real node, the node's
 //! in a lab.
+#![cfg_attr(test, allow(clippy::type_complexity, reason = "tables of cases have long types"))]
 pub mod cni;
 pub mod config;
 pub mod dns;

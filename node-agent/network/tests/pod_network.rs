@@ -1,5 +1,6 @@
 //! The plugin, routes, masquerade and DNS in network namespaces of the test's own: two nodes on one link, a pod on each, and an outside host.
 //! Needs root, as the plugin does.
+#![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
