@@ -61,6 +61,9 @@ impl World {
         connect_pod(&node, &pod_b, "pod-b", POD_B, "fd00:244:1::b")?;
         node.sysctl("net.ipv4.ip_forward", "1")?;
         node.sysctl("net.ipv6.conf.all.forwarding", "1")?;
+        // Refusals of datagrams are ICMP errors, of which the kernel sends one per second and client when there are many.
+        node.sysctl("net.ipv4.icmp_ratelimit", "0")?;
+        node.sysctl("net.ipv6.icmp.ratelimit", "0")?;
 
         node.link("remote", &remote, "eth0")?;
         node.ip(&format!("addr add {NODE_IP}/24 dev remote"))?;
