@@ -1,0 +1,155 @@
+//! One request on its way through the registry: who asks for what, with which options, and the warnings gathered for the answer.
+
+use std::sync::{Arc, Mutex};
+
+use outrigger_access::UserInfo;
+use outrigger_api::{FieldError, Resource, Status};
+use serde_json::Value;
+
+use crate::negotiate::Accept;
+use crate::request::{Query, RequestInfo};
+
+/// How unknown and duplicate fields are treated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FieldValidation {
+    Ignore,
+    #[default]
+    Warn,
+    Strict,
+}
+
+pub struct Call {
+    pub user: UserInfo,
+    pub info: RequestInfo,
+    pub query: Query,
+    pub accept: Accept,
+    pub resource: Arc<Resource>,
+    pub dry_run: bool,
+    pub field_validation: FieldValidation,
+    warnings: Mutex<Vec<String>>,
+}
+
+impl Call {
+    pub fn new(user: UserInfo, info: RequestInfo, query: Query, accept: Accept, resource: Arc<Resource>) -> Result<Self, Status> {
+        let dry_run = parse_dry_run(query.all("dryRun"), &info.verb)?;
+        let field_validation = match query.text("fieldValidation") {
+            "" | "Warn" => FieldValidation::Warn,
+            "Ignore" => FieldValidation::Ignore,
+            "Strict" => FieldValidation::Strict,
+            other => {
+                let error = FieldError::not_supported("fieldValidation", other, &["", "Ignore", "Strict", "Warn"]);
+                return Err(Status::invalid("meta.k8s.io", options_kind(&info.verb), "", &[error]));
+            }
+        };
+        Ok(Self { user, info, query, accept, resource, dry_run, field_validation, warnings: Mutex::default() })
+    }
+
+    /// The same caller turned to another object, for the writes that one request causes in other kinds.
+    pub fn derived(&self, resource: Arc<Resource>, verb: &str, namespace: &str, name: &str) -> Self {
+        let info = RequestInfo {
+            is_resource: true,
+            verb: verb.into(),
+            group: resource.group.to_string(),
+            version: resource.version.to_string(),
+            resource: resource.plural.to_string(),
+            namespace: namespace.into(),
+            name: name.into(),
+            ..Default::default()
+        };
+        Self {
+            user: self.user.clone(),
+            info,
+            query: Query::default(),
+            accept: Accept::default(),
+            resource,
+            dry_run: self.dry_run,
+            field_validation: FieldValidation::Ignore,
+            warnings: Mutex::default(),
+        }
+    }
+
+    /// The server's own write, outside of any request.
+    pub fn internal(resource: Arc<Resource>, verb: &str, namespace: &str, name: &str) -> Self {
+        let info = RequestInfo {
+            is_resource: true,
+            verb: verb.into(),
+            group: resource.group.to_string(),
+            version: resource.version.to_string(),
+            resource: resource.plural.to_string(),
+            namespace: namespace.into(),
+            name: name.into(),
+            ..Default::default()
+        };
+        Self {
+            user: UserInfo::api_server(),
+            info,
+            query: Query::default(),
+            accept: Accept::default(),
+            resource,
+            dry_run: false,
+            field_validation: FieldValidation::Ignore,
+            warnings: Mutex::default(),
+        }
+    }
+
+    pub fn warn(&self, text: impl Into<String>) {
+        let text = text.into();
+        let mut warnings = self.warnings.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if !warnings.contains(&text) {
+            warnings.push(text);
+        }
+    }
+
+    pub fn take_warnings(&self) -> Vec<String> {
+        std::mem::take(&mut *self.warnings.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
+    }
+
+    pub fn namespace(&self) -> &str {
+        &self.info.namespace
+    }
+
+    /// The namespace as store keys and validation want it.
+    pub fn scope(&self) -> Option<&str> {
+        self.resource.namespaced.then_some(self.info.namespace.as_str())
+    }
+
+    pub fn key(&self, name: &str) -> String {
+        self.resource.key(self.scope(), Some(name))
+    }
+
+    pub fn not_found(&self, name: &str) -> Status {
+        Status::not_found(&self.resource.group, &self.resource.plural, name)
+    }
+
+    pub fn invalid(&self, name: &str, errors: &[FieldError]) -> Status {
+        Status::invalid(&self.resource.group, &self.resource.kind, name, errors)
+    }
+
+    pub fn forbidden(&self, name: &str, why: &str) -> Status {
+        Status::forbidden(&self.resource.group, &self.resource.plural, name, why)
+    }
+
+    pub fn conflict(&self, name: &str, why: &str) -> Status {
+        Status::conflict(&self.resource.group, &self.resource.plural, name, why)
+    }
+}
+
+fn options_kind(verb: &str) -> &'static str {
+    match verb {
+        "create" => "CreateOptions",
+        "update" => "UpdateOptions",
+        "patch" => "PatchOptions",
+        _ => "DeleteOptions",
+    }
+}
+
+pub fn parse_dry_run(values: &[String], verb: &str) -> Result<bool, Status> {
+    for value in values.iter().filter(|v| !v.is_empty()) {
+        if value != "All" {
+            let shown = Value::Array(values.iter().map(|v| v.as_str().into()).collect());
+            let error = FieldError::not_supported("dryRun", shown, &["All"]);
+            return Err(Status::invalid("meta.k8s.io", options_kind(verb), "", &[error]));
+        }
+    }
+    Ok(values.iter().any(|v| v == "All"))
+}

@@ -1,0 +1,324 @@
+//! Paths that are no resources: what is served and in which versions, health, version, metrics, OpenAPI and the token issuer's keys.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use http::Method;
+use http::header::{ACCEPT, CONTENT_TYPE, ETAG, HeaderValue, IF_NONE_MATCH};
+use outrigger_access::UserInfo;
+use outrigger_api::{Catalog, Resource, Status};
+use serde_json::{Value, json};
+use sha2_hex::digest;
+
+use crate::body::{Request, Response};
+use crate::cache::encode;
+use crate::engine::Engine;
+use crate::negotiate::{header_text, media_types};
+use crate::reply;
+use crate::request::{Query, RequestInfo};
+
+/// A short content hash, for ETags and the OpenAPI index.
+pub mod sha2_hex {
+    use std::hash::Hasher;
+
+    /// 128 bits of the bytes' hash in hexadecimal: it names a version of a document, it protects nothing.
+    pub fn digest(bytes: &[u8]) -> String {
+        let half = |seed: u64| {
+            let mut hasher = std::hash::DefaultHasher::new();
+            hasher.write_u64(seed);
+            hasher.write(bytes);
+            hasher.finish()
+        };
+        format!("{:016X}{:016X}", half(1), half(2))
+    }
+}
+
+pub async fn route(engine: &Arc<Engine>, request: Request, info: &RequestInfo, query: &Query, _user: &UserInfo) -> Result<Response, Status> {
+    let path = info.path.trim_end_matches('/');
+    let segments: Vec<&str> = path.split('/').skip(1).collect();
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        return Err(if known(&segments) { Status::method_not_allowed() } else { Status::path_not_found() });
+    }
+    let catalog = engine.catalog();
+    match segments.as_slice() {
+        [] | [""] => Ok(reply::json(200, &paths(&catalog))),
+        ["api"] => aggregated_or(&request, || api_versions(engine), || aggregated(&catalog, true)),
+        ["apis"] => aggregated_or(&request, || group_list(&catalog), || aggregated(&catalog, false)),
+        ["api", "v1"] => Ok(reply::json(200, &resource_list(&catalog, "", "v1"))),
+        ["apis", group] if catalog.groups().any(|g| g == *group) => Ok(reply::json(200, &group_value(&catalog, group, true))),
+        ["apis", group, version] if catalog.versions(group).contains(version) => Ok(reply::json(200, &resource_list(&catalog, group, version))),
+        ["version"] => Ok(reply::json(200, &version(&engine.config.git_version))),
+        ["healthz" | "livez" | "readyz", rest @ ..] => health(engine, segments[0], rest, query),
+        ["metrics"] => Ok(reply::plain(200, "text/plain; version=0.0.4; charset=utf-8", engine.metrics.render(&engine.hub.counts(), engine.started.elapsed()))),
+        ["openapi", "v2"] => engine.openapi.v2(engine, &request),
+        ["openapi", "v3"] => engine.openapi.index(engine),
+        ["openapi", "v3", rest @ ..] => engine.openapi.document(engine, &request, rest, query),
+        ["openid", "v1", "jwks"] => Ok(reply::plain(200, "application/jwk-set+json", encode(&engine.tokens.jwks()))),
+        [".well-known", "openid-configuration"] => {
+            let jwks = format!("https://{}:{}/openid/v1/jwks", engine.config.advertise_address, engine.config.secure_port);
+            Ok(reply::json(200, &engine.tokens.discovery(&jwks)))
+        }
+        _ => Err(Status::path_not_found()),
+    }
+}
+
+fn known(segments: &[&str]) -> bool {
+    matches!(segments.first(), Some(&"api" | &"apis" | &"version" | &"openapi" | &"healthz" | &"livez" | &"readyz"))
+}
+
+fn paths(catalog: &Catalog) -> Value {
+    let mut paths = vec!["/.well-known/openid-configuration".to_string(), "/api".into(), "/api/v1".into(), "/apis".into()];
+    for group in catalog.groups().filter(|g| !g.is_empty()) {
+        paths.push(format!("/apis/{group}"));
+        paths.extend(catalog.versions(group).iter().map(|version| format!("/apis/{group}/{version}")));
+    }
+    for path in ["/healthz", "/livez", "/metrics", "/openapi/v2", "/openapi/v3", "/openid/v1/jwks", "/readyz", "/version"] {
+        paths.push(path.into());
+    }
+    json!({"paths": paths})
+}
+
+pub fn version(git_version: &str) -> Value {
+    let mut numbers = git_version.trim_start_matches('v').split('.');
+    json!({
+        "major": numbers.next().unwrap_or("1"),
+        "minor": numbers.next().unwrap_or("35"),
+        "emulationMajor": "1",
+        "emulationMinor": "35",
+        "minCompatibilityMajor": "1",
+        "minCompatibilityMinor": "34",
+        "gitVersion": git_version,
+        "gitCommit": "",
+        "gitTreeState": "clean",
+        "buildDate": "1970-01-01T00:00:00Z",
+        "goVersion": "",
+        "compiler": "rustc",
+        "platform": format!("linux/{}", architecture()),
+    })
+}
+
+fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
+fn api_versions(engine: &Engine) -> Value {
+    let address = format!("{}:{}", engine.config.advertise_address, engine.config.secure_port);
+    json!({"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": [{"clientCIDR": "0.0.0.0/0", "serverAddress": address}]})
+}
+
+fn group_list(catalog: &Catalog) -> Value {
+    let groups: Vec<Value> = ordered_groups(catalog).into_iter().map(|group| group_value(catalog, group, false)).collect();
+    json!({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups})
+}
+
+/// Built-in groups in upstream's order of priority, then custom ones by name.
+fn ordered_groups(catalog: &Catalog) -> Vec<&str> {
+    const ORDER: &[&str] = &[
+        "apiregistration.k8s.io", "apps", "events.k8s.io", "authentication.k8s.io", "authorization.k8s.io", "autoscaling", "batch",
+        "certificates.k8s.io", "networking.k8s.io", "policy", "rbac.authorization.k8s.io", "storage.k8s.io",
+        "admissionregistration.k8s.io", "apiextensions.k8s.io", "scheduling.k8s.io", "coordination.k8s.io", "node.k8s.io",
+        "discovery.k8s.io", "resource.k8s.io", "flowcontrol.apiserver.k8s.io",
+    ];
+    let mut groups: Vec<&str> = catalog.groups().filter(|g| !g.is_empty()).collect();
+    groups.sort_by_key(|group| ORDER.iter().position(|known| known == group).unwrap_or(ORDER.len()));
+    groups
+}
+
+fn group_value(catalog: &Catalog, group: &str, alone: bool) -> Value {
+    let versions: Vec<Value> =
+        catalog.versions(group).into_iter().map(|version| json!({"groupVersion": format!("{group}/{version}"), "version": version})).collect();
+    let preferred = versions.first().cloned().unwrap_or_default();
+    let mut value = json!({});
+    if alone {
+        value = json!({"kind": "APIGroup", "apiVersion": "v1"});
+    }
+    value["name"] = group.into();
+    value["versions"] = versions.into();
+    value["preferredVersion"] = preferred;
+    value
+}
+
+fn resource_list(catalog: &Catalog, group: &str, version: &str) -> Value {
+    let mut resources = Vec::new();
+    for resource in catalog.resources(group, version) {
+        resources.push(resource_value(resource));
+        for sub in &resource.subresources {
+            let mut value = json!({
+                "name": format!("{}/{}", resource.plural, sub.name),
+                "singularName": "",
+                "namespaced": resource.namespaced,
+                "kind": sub.body.kind,
+                "verbs": sub.verbs,
+            });
+            if sub.body.group != resource.group || sub.body.version != resource.version {
+                value["group"] = sub.body.group.as_ref().into();
+                value["version"] = sub.body.version.as_ref().into();
+            }
+            resources.push(value);
+        }
+    }
+    let api_version = outrigger_api::resource::api_version(group, version);
+    let mut list = json!({"kind": "APIResourceList", "groupVersion": api_version, "resources": resources});
+    if !group.is_empty() {
+        list["apiVersion"] = "v1".into();
+    }
+    list
+}
+
+fn resource_value(resource: &Resource) -> Value {
+    let mut value = json!({
+        "name": resource.plural,
+        "singularName": resource.singular,
+        "namespaced": resource.namespaced,
+        "kind": resource.kind,
+        "verbs": resource.verbs,
+    });
+    if !resource.short_names.is_empty() {
+        value["shortNames"] = json!(resource.short_names);
+    }
+    if !resource.categories.is_empty() {
+        value["categories"] = json!(resource.categories);
+    }
+    if !resource.strategy.create_only {
+        value["storageVersionHash"] = storage_version_hash(resource).into();
+    }
+    value
+}
+
+fn storage_version_hash(resource: &Resource) -> String {
+    use base64::Engine as _;
+    let storage = format!("{}/{}/{}", resource.storage.group, resource.storage.version, resource.storage.kind);
+    base64::engine::general_purpose::STANDARD.encode(&digest(storage.as_bytes()).as_bytes()[..6])
+}
+
+/// The aggregated form when the client asks for it, with an ETag.
+fn aggregated_or(request: &Request, plain: impl Fn() -> Value, whole: impl Fn() -> Value) -> Result<Response, Status> {
+    let accepted = header_text(request.headers(), &ACCEPT);
+    let aggregated = media_types(accepted).into_iter().find_map(|media| {
+        if media.name != "application/json" && media.name != "*/*" {
+            return None;
+        }
+        match (media.param("g"), media.param("v"), media.param("as")) {
+            (Some("apidiscovery.k8s.io"), Some(v @ ("v2" | "v2beta1")), Some("APIGroupDiscoveryList")) => Some(Some(v == "v2")),
+            (None, None, None) => Some(None),
+            _ => None,
+        }
+    });
+    match aggregated.flatten() {
+        Some(stable) => {
+            let version = if stable { "v2" } else { "v2beta1" };
+            let mut value = whole();
+            value["apiVersion"] = format!("apidiscovery.k8s.io/{version}").into();
+            let bytes = encode(&value);
+            let kind = if stable {
+                "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList"
+            } else {
+                "application/json;g=apidiscovery.k8s.io;v=v2beta1;as=APIGroupDiscoveryList"
+            };
+            let etag = format!("\"{}\"", digest(&bytes));
+            let known = header_text(request.headers(), &IF_NONE_MATCH) == etag;
+            let mut response = if known { reply::plain(304, kind, "") } else { reply::plain(200, kind, bytes) };
+            response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+            response.headers_mut().insert(http::header::VARY, HeaderValue::from_static("Accept"));
+            if let Ok(etag) = HeaderValue::from_str(&etag) {
+                response.headers_mut().insert(ETAG, etag);
+            }
+            Ok(response)
+        }
+        None => {
+            let mut response = reply::json(200, &plain());
+            response.headers_mut().insert(http::header::VARY, HeaderValue::from_static("Accept"));
+            Ok(response)
+        }
+    }
+}
+
+fn aggregated(catalog: &Catalog, core: bool) -> Value {
+    let groups: Vec<&str> = if core { vec![""] } else { ordered_groups(catalog) };
+    let items: Vec<Value> = groups
+        .into_iter()
+        .map(|group| {
+            let versions: Vec<Value> = catalog
+                .versions(group)
+                .into_iter()
+                .map(|version| {
+                    let resources: Vec<Value> = catalog.resources(group, version).map(|r| discovered(r)).collect();
+                    json!({"version": version, "resources": resources, "freshness": "Current"})
+                })
+                .collect();
+            let metadata = if group.is_empty() { json!({"creationTimestamp": null}) } else { json!({"name": group, "creationTimestamp": null}) };
+            json!({"metadata": metadata, "versions": versions})
+        })
+        .collect();
+    json!({"kind": "APIGroupDiscoveryList", "apiVersion": "apidiscovery.k8s.io/v2", "metadata": {}, "items": items})
+}
+
+fn discovered(resource: &Resource) -> Value {
+    let kind = |gvk: &outrigger_api::GroupVersionKind| json!({"group": gvk.group, "version": gvk.version, "kind": gvk.kind});
+    let mut value = json!({
+        "resource": resource.plural,
+        "responseKind": kind(&resource.gvk()),
+        "scope": if resource.namespaced { "Namespaced" } else { "Cluster" },
+        "singularResource": resource.singular,
+        "verbs": resource.verbs,
+    });
+    if !resource.short_names.is_empty() {
+        value["shortNames"] = json!(resource.short_names);
+    }
+    if !resource.categories.is_empty() {
+        value["categories"] = json!(resource.categories);
+    }
+    if !resource.subresources.is_empty() {
+        let subs: Vec<Value> = resource
+            .subresources
+            .iter()
+            .map(|sub| json!({"subresource": sub.name, "responseKind": kind(&sub.body), "verbs": sub.verbs}))
+            .collect();
+        value["subresources"] = subs.into();
+    }
+    value
+}
+
+fn health(engine: &Engine, endpoint: &str, rest: &[&str], query: &Query) -> Result<Response, Status> {
+    let ready = engine.ready.load(Ordering::Acquire);
+    let stopping = *engine.stop.borrow();
+    let mut checks: Vec<(&str, bool)> = vec![("ping", true), ("log", true), ("etcd", true)];
+    if endpoint == "readyz" {
+        checks.push(("informer-sync", true));
+        checks.push(("shutdown", !stopping));
+    }
+    checks.push(("poststarthook/rbac/bootstrap-roles", ready));
+    checks.push(("poststarthook/start-service-ip-repair-controllers", ready));
+    if let [first, more @ ..] = rest {
+        let name = std::iter::once(*first).chain(more.iter().copied()).collect::<Vec<_>>().join("/");
+        return match checks.iter().find(|(known, _)| *known == name) {
+            Some((_, true)) => Ok(reply::text(200, "ok")),
+            Some(_) => Ok(reply::text(500, "internal server error: not finished\n")),
+            None => Err(Status::path_not_found()),
+        };
+    }
+    let excluded = query.all("exclude");
+    let mut lines = String::new();
+    let mut healthy = true;
+    for (name, good) in &checks {
+        if excluded.iter().any(|e| e == name) {
+            lines.push_str(&format!("[+]{name} excluded: ok\n"));
+        } else if *good {
+            lines.push_str(&format!("[+]{name} ok\n"));
+        } else {
+            healthy = false;
+            lines.push_str(&format!("[-]{name} failed: reason withheld\n"));
+        }
+    }
+    if !healthy {
+        return Ok(reply::text(500, format!("{lines}{endpoint} check failed\n")));
+    }
+    if query.get("verbose").is_some() {
+        return Ok(reply::text(200, format!("{lines}{endpoint} check passed\n")));
+    }
+    Ok(reply::text(200, "ok"))
+}

@@ -1,0 +1,136 @@
+//! Content types: what a client wants back, and how the body it sent is to be read.
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_TYPE};
+use outrigger_api::Status;
+use serde_json::Value;
+
+pub const JSON: &str = "application/json";
+pub const YAML: &str = "application/yaml";
+pub const SUPPORTED: &[&str] = &[JSON, YAML];
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Encoding {
+    #[default]
+    Json,
+    Yaml,
+}
+
+/// What the objects of an answer are turned into.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Form {
+    #[default]
+    Plain,
+    /// `metav1.Table`
+    Table,
+    /// `metav1.PartialObjectMetadata`, for one object or a list's items
+    Metadata,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Accept {
+    pub encoding: Encoding,
+    pub form: Form,
+    pub gzip: bool,
+}
+
+/// One media type of an Accept header with its parameters.
+pub struct MediaType<'a> {
+    pub name: &'a str,
+    params: Vec<(&'a str, &'a str)>,
+}
+
+impl<'a> MediaType<'a> {
+    pub fn parse(text: &'a str) -> Self {
+        let mut parts = text.split(';').map(str::trim);
+        let name = parts.next().unwrap_or_default();
+        Self { name, params: parts.filter_map(|p| p.split_once('=')).map(|(k, v)| (k.trim(), v.trim().trim_matches('"'))).collect() }
+    }
+
+    pub fn param(&self, key: &str) -> Option<&'a str> {
+        self.params.iter().find(|(k, _)| *k == key).map(|(_, v)| *v)
+    }
+
+    fn quality(&self) -> f32 {
+        self.param("q").and_then(|q| q.parse().ok()).unwrap_or(1.0)
+    }
+}
+
+/// The header's media types, best first (equal ones in the order given).
+pub fn media_types(header: &str) -> Vec<MediaType<'_>> {
+    let mut types: Vec<_> = header.split(',').map(str::trim).filter(|t| !t.is_empty()).map(MediaType::parse).collect();
+    types.sort_by(|a, b| b.quality().total_cmp(&a.quality()));
+    types
+}
+
+pub fn header_text<'a>(headers: &'a HeaderMap, name: &http::HeaderName) -> &'a str {
+    headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default()
+}
+
+/// The first form and encoding of the Accept header that can be made. `forms` is false where only plain objects are answered.
+pub fn accept(headers: &HeaderMap, forms: bool) -> Result<Accept, Status> {
+    let gzip = header_text(headers, &ACCEPT_ENCODING).split(',').any(|e| e.trim().split(';').next() == Some("gzip"));
+    let header = headers.get_all(ACCEPT).iter().filter_map(|v| v.to_str().ok()).collect::<Vec<_>>().join(",");
+    if header.trim().is_empty() {
+        return Ok(Accept { gzip, ..Default::default() });
+    }
+    for media in media_types(&header) {
+        let encoding = match media.name {
+            "application/json" | "*/*" | "application/*" => Encoding::Json,
+            "application/yaml" => Encoding::Yaml,
+            _ => continue,
+        };
+        let form = match media.param("as") {
+            None => Form::Plain,
+            Some(_) if !forms => continue,
+            Some(_) if media.param("g").is_some_and(|g| g != "meta.k8s.io") => continue,
+            Some("Table") => Form::Table,
+            Some("PartialObjectMetadata" | "PartialObjectMetadataList") => Form::Metadata,
+            Some(_) => continue,
+        };
+        return Ok(Accept { encoding, form, gzip });
+    }
+    Err(Status::not_acceptable(SUPPORTED))
+}
+
+/// The body as a JSON value; the text is returned too when it was JSON, for duplicate-field checks.
+pub fn decode_body(headers: &HeaderMap, body: &Bytes) -> Result<Value, Status> {
+    match MediaType::parse(header_text(headers, &CONTENT_TYPE)).name {
+        "" | "application/json" | "*/*" => decode_json(body),
+        "application/yaml" => decode_yaml(body),
+        other => Err(Status::unsupported_media_type(other, SUPPORTED)),
+    }
+}
+
+pub fn decode_json(body: &[u8]) -> Result<Value, Status> {
+    serde_json::from_slice(body).map_err(|error| Status::bad_request(format!("couldn't get version/kind; json parse error: {error}")))
+}
+
+pub fn decode_yaml(body: &[u8]) -> Result<Value, Status> {
+    serde_yaml_ng::from_slice(body).map_err(|error| Status::bad_request(format!("error converting YAML to JSON: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(text: &str) -> Result<Accept, Status> {
+        let mut headers = HeaderMap::new();
+        headers.insert(ACCEPT, text.parse().unwrap());
+        accept(&headers, true)
+    }
+
+    #[test]
+    fn the_first_possible_form_is_taken() {
+        let kubectl = "application/json;as=Table;v=v1;g=meta.k8s.io,application/json;as=Table;v=v1beta1;g=meta.k8s.io,application/json";
+        assert_eq!(of(kubectl).unwrap().form, Form::Table);
+        assert_eq!(of("application/vnd.kubernetes.protobuf,application/json").unwrap().form, Form::Plain);
+        assert_eq!(of("application/vnd.kubernetes.protobuf").unwrap_err().code, 406);
+        assert_eq!(of("application/yaml").unwrap().encoding, Encoding::Yaml);
+        assert_eq!(of("application/json;q=0.1, application/yaml").unwrap().encoding, Encoding::Yaml);
+        assert_eq!(of("application/json;as=Nonsense;v=v1;g=meta.k8s.io").unwrap_err().code, 406);
+        let metadata = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json";
+        assert_eq!(of(metadata).unwrap().form, Form::Metadata);
+    }
+}

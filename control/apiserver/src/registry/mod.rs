@@ -1,0 +1,222 @@
+//! The generic registry: every stored kind is created, read, changed and deleted by the same code, driven by its resource's entry.
+
+pub mod create;
+pub mod delete;
+pub mod list;
+pub mod patch;
+pub mod read;
+pub mod review;
+pub mod service;
+pub mod subresource;
+pub mod update;
+pub mod watch;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http::header::CONTENT_TYPE;
+use outrigger_api::{Resource, Status, convert, default, meta, schema, types};
+use outrigger_store::{StoreError, WriteOutcome};
+use serde_json::Value;
+
+use crate::body::{ReadError, ReqBody, Request, read};
+use crate::cache::Entry;
+use crate::call::{Call, FieldValidation};
+use crate::engine::Engine;
+use crate::feed::ROOT;
+use crate::negotiate::{self, MediaType, header_text};
+use crate::reply::Reply;
+
+/// Sends a request for a resource to the code for its verb.
+pub async fn dispatch(engine: &Arc<Engine>, call: &Call, request: Request) -> Result<Reply, Status> {
+    let info = &call.info;
+    check_scope(call)?;
+    if !info.subresource.is_empty() {
+        let known = call.resource.subresource(&info.subresource).ok_or_else(Status::path_not_found)?;
+        let streams = matches!(info.subresource.as_str(), "proxy" | "exec" | "attach" | "portforward");
+        if !streams && !known.verbs.contains(&info.verb.as_str()) {
+            return Err(Status::method_not_allowed());
+        }
+        return subresource::dispatch(engine, call, request).await;
+    }
+    if !call.resource.has_verb(&info.verb) {
+        return Err(Status::method_not_allowed());
+    }
+    match info.verb.as_str() {
+        "get" => read::get(engine, call).await,
+        "list" => list::list(engine, call).await,
+        "watch" => watch::watch(engine, call).await,
+        "create" => {
+            let object = body_object(engine, call, request).await?;
+            if call.resource.strategy.create_only {
+                return review::create(engine, call, object).await;
+            }
+            let created = create::create(engine, call, object).await?;
+            read::reply(engine, call, 201, created)
+        }
+        "update" => {
+            let object = body_object(engine, call, request).await?;
+            let (updated, was_created) = update::replace(engine, call, object).await?;
+            read::reply(engine, call, if was_created { 201 } else { 200 }, updated)
+        }
+        "patch" => {
+            let (code, patched) = patch::handle(engine, call, request).await?;
+            read::reply(engine, call, code, patched)
+        }
+        "delete" => delete::handle(engine, call, request).await,
+        "deletecollection" => delete::collection(engine, call, request).await,
+        _ => Err(Status::method_not_allowed()),
+    }
+}
+
+/// A namespaced resource needs its namespace for all but list and watch; a cluster-scoped one has none.
+fn check_scope(call: &Call) -> Result<(), Status> {
+    let across = call.info.namespace.is_empty() && matches!(call.info.verb.as_str(), "list" | "watch") && call.info.parts.len() == 1;
+    match (call.resource.namespaced, call.info.namespace.is_empty()) {
+        (true, true) if across => Ok(()),
+        (true, true) if call.info.parts.len() == 1 => Err(Status::method_not_allowed()),
+        (true, true) => Err(Status::path_not_found()),
+        (false, false) if call.info.resource != "namespaces" => Err(Status::path_not_found()),
+        _ => Ok(()),
+    }
+}
+
+pub fn store_failure(error: StoreError) -> Status {
+    match error {
+        StoreError::Compacted { requested, compacted } => Status::too_old_resource_version(requested, compacted),
+        StoreError::FutureRevision { requested, current } => Status::too_large_resource_version(requested, current),
+        other => Status::internal(other),
+    }
+}
+
+pub async fn read_body(body: ReqBody) -> Result<Bytes, Status> {
+    read(body).await.map_err(|error| match error {
+        ReadError::TooLarge => Status::request_too_large(format!("limit is {}", crate::body::MAX_BODY)),
+        ReadError::Broken(error) => Status::bad_request(format!("cannot read the request body: {error}")),
+    })
+}
+
+/// The request's body as an object of the call's resource, fitted to its schema and defaulted.
+pub async fn body_object(engine: &Engine, call: &Call, request: Request) -> Result<Value, Status> {
+    let (parts, body) = request.into_parts();
+    let bytes = read_body(body).await?;
+    decode_object(engine, call, &call.resource, &parts.headers, &bytes)
+}
+
+/// Decodes a body that must be of `resource`'s kind.
+pub fn decode_object(_engine: &Engine, call: &Call, resource: &Resource, headers: &HeaderMap, bytes: &Bytes) -> Result<Value, Status> {
+    let mut object = decode_value(call, headers, bytes)?;
+    check_kind(&mut object, &resource.api_version(), &resource.kind)?;
+    fit(call, resource, &mut object)?;
+    Ok(object)
+}
+
+/// Decodes a body without looking at its kind; duplicate fields are reported as the request wants.
+pub fn decode_value(call: &Call, headers: &HeaderMap, bytes: &Bytes) -> Result<Value, Status> {
+    let media = MediaType::parse(header_text(headers, &CONTENT_TYPE)).name.to_string();
+    let object = if matches!(media.as_str(), "" | "application/json") && call.field_validation != FieldValidation::Ignore {
+        let (object, duplicates) = types::parse_json(bytes).map_err(|error| Status::bad_request(format!("couldn't get version/kind; json parse error: {error}")))?;
+        report(call, duplicates)?;
+        object
+    } else {
+        negotiate::decode_body(headers, bytes)?
+    };
+    if !object.is_object() {
+        return Err(Status::bad_request("couldn't get version/kind; json parse error: json: cannot unmarshal a value that is not an object"));
+    }
+    Ok(object)
+}
+
+/// A body may leave out its type; if it says one it must be the path's.
+pub fn check_kind(object: &mut Value, api_version: &str, kind: &str) -> Result<(), Status> {
+    let said = meta::api_version(object);
+    if !said.is_empty() && said != api_version {
+        return Err(Status::bad_request(format!(
+            "the API version in the data ({said}) does not match the expected API version ({api_version})"
+        )));
+    }
+    let said = meta::kind(object);
+    if !said.is_empty() && said != kind {
+        return Err(Status::bad_request(format!("the kind in the data ({said}) does not match the expected kind ({kind})")));
+    }
+    meta::set_type(object, api_version, kind);
+    Ok(())
+}
+
+/// Fits an object to its kind's schema (unknown fields go, with a warning or an error) and fills in defaults.
+pub fn fit(call: &Call, resource: &Resource, object: &mut Value) -> Result<(), Status> {
+    let unknown = match &resource.custom {
+        None => {
+            let decoded = types::decode(resource, object).map_err(|error| {
+                let (kind, version) = (&resource.kind, &resource.version);
+                Status::bad_request(format!("{kind} in version {version:?} cannot be handled as a {kind}: {error}"))
+            })?;
+            decoded.warnings()
+        }
+        Some(custom) => match &custom.schema {
+            Some(structural) if !custom.preserve_unknown_fields => {
+                schema::prune(structural, object).into_iter().map(|path| format!("unknown field \"{path}\"")).collect()
+            }
+            _ => Vec::new(),
+        },
+    };
+    report(call, unknown)?;
+    default::apply(resource, object);
+    Ok(())
+}
+
+fn report(call: &Call, findings: Vec<String>) -> Result<(), Status> {
+    if findings.is_empty() {
+        return Ok(());
+    }
+    match call.field_validation {
+        FieldValidation::Ignore => Ok(()),
+        FieldValidation::Warn => {
+            findings.into_iter().for_each(|finding| call.warn(finding));
+            Ok(())
+        }
+        FieldValidation::Strict => Err(Status::bad_request(format!("strict decoding error: {}", findings.join(", ")))),
+    }
+}
+
+/// The stored object of that name, read consistently.
+pub async fn current(engine: &Engine, call: &Call, name: &str) -> Result<Option<Arc<Entry>>, Status> {
+    engine.fresh().await?;
+    Ok(cached(engine, call, name))
+}
+
+/// The stored object as the caches have it now.
+pub fn cached(engine: &Engine, call: &Call, name: &str) -> Option<Arc<Entry>> {
+    let key = call.key(name);
+    let (prefix, rest) = crate::cache::split_key(&key)?;
+    engine.hub.cache(prefix).get(rest)
+}
+
+/// An entry's object in the version that the call speaks.
+pub fn in_version(resource: &Resource, entry: &Entry) -> Value {
+    let mut object = entry.object();
+    if !convert::is_identity(resource) {
+        convert::to_version(resource, &mut object);
+    }
+    object
+}
+
+/// The bytes to store: storage version, no resourceVersion.
+pub fn stored_bytes(resource: &Resource, object: &Value) -> Bytes {
+    let mut stored = object.clone();
+    if !convert::is_identity(resource) {
+        convert::to_storage(resource, &mut stored);
+    }
+    meta::remove(&mut stored, "metadata.resourceVersion");
+    crate::cache::encode(&stored)
+}
+
+pub fn store_key(key: &str) -> String {
+    format!("{ROOT}{key}")
+}
+
+/// One guarded write; the outcome's revision has reached the caches of no one yet.
+pub async fn write(engine: &Engine, op: outrigger_store::Op) -> Result<WriteOutcome, Status> {
+    engine.store.write(op).await.map_err(store_failure)
+}

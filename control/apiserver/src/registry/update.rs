@@ -1,0 +1,148 @@
+//! UPDATE: optimistic concurrency around a function that makes the new object from the current one.
+
+use jiff::Timestamp;
+use outrigger_api::{FieldError, Status, meta, prepare, validate};
+use outrigger_store::{Expect, Op, WriteOutcome};
+use serde_json::Value;
+
+use crate::admission::{Attributes, Operation};
+use crate::call::Call;
+use crate::engine::Engine;
+use crate::registry::create::{create, settle_namespace, time_to_live};
+use crate::registry::{cached, current, in_version, service, store_key, stored_bytes, write};
+
+/// How often a write that lost a race is tried again from the newer object.
+const TRIES: usize = 20;
+
+/// PUT of a whole object. True when it was created by that.
+pub async fn replace(engine: &Engine, call: &Call, mut object: Value) -> Result<(Value, bool), Status> {
+    let name = call.info.name.as_str();
+    settle_name(&mut object, name)?;
+    settle_namespace(call, &mut object)?;
+    let uid = meta::uid(&object).to_string();
+    if current(engine, call, name).await?.is_none() {
+        if !uid.is_empty() {
+            return Err(call.conflict(name, &format!("Precondition failed: UID in precondition: {uid}, UID in object meta: ")));
+        }
+        if !call.resource.strategy.create_on_update {
+            return Err(call.not_found(name));
+        }
+        let may = outrigger_access::Attributes {
+            namespace: call.namespace(),
+            name,
+            api_version: &call.info.version,
+            ..outrigger_access::Attributes::resource(&call.user, "create", &call.info.group, &call.info.resource)
+        };
+        engine.permit(&may)?;
+        meta::remove(&mut object, "metadata.resourceVersion");
+        return Ok((create(engine, call, object).await?, true));
+    }
+    let updated = change(engine, call, name, Operation::Update, |_| Ok(object.clone())).await?;
+    Ok((updated, false))
+}
+
+fn settle_name(object: &mut Value, name: &str) -> Result<(), Status> {
+    let said = meta::name(object).to_string();
+    if said.is_empty() {
+        meta::set_name(object, name);
+    } else if said != name {
+        return Err(Status::bad_request(format!("the name of the object ({said}) does not match the name on the URL ({name})")));
+    }
+    Ok(())
+}
+
+/// Changes a stored object: `make` gives the new object from the current one (both in the call's version); lost races are run again.
+pub async fn change<F>(engine: &Engine, call: &Call, name: &str, operation: Operation, mut make: F) -> Result<Value, Status>
+where
+    F: FnMut(&Value) -> Result<Value, Status>,
+{
+    engine.fresh().await?;
+    for _ in 0..TRIES {
+        let entry = cached(engine, call, name).ok_or_else(|| call.not_found(name))?;
+        let old = in_version(&call.resource, &entry);
+        let new = make(&old)?;
+        check_preconditions(call, name, &new, &old)?;
+        match step(engine, call, name, operation, new, old, entry.revision).await? {
+            Step::Done(object) => return Ok(object),
+            Step::Raced(revision) => engine.reach(revision).await?,
+        }
+    }
+    Err(Status::modified(&call.resource.group, &call.resource.plural, name))
+}
+
+enum Step {
+    Done(Value),
+    /// Someone else wrote first; the caches must reach this revision before the next try.
+    Raced(u64),
+}
+
+fn check_preconditions(call: &Call, name: &str, new: &Value, old: &Value) -> Result<(), Status> {
+    let (said, has) = (meta::uid(new), meta::uid(old));
+    if !said.is_empty() && said != has {
+        return Err(call.conflict(name, &format!("Precondition failed: UID in precondition: {said}, UID in object meta: {has}")));
+    }
+    match meta::resource_version(new) {
+        "" | "0" if call.resource.strategy.unconditional_update || call.info.verb != "update" => Ok(()),
+        "" | "0" => {
+            let error = FieldError::invalid("metadata.resourceVersion", 0, "must be specified for an update");
+            Err(call.invalid(name, &[error]))
+        }
+        said if said == meta::resource_version(old) => Ok(()),
+        _ => Err(Status::modified(&call.resource.group, &call.resource.plural, name)),
+    }
+}
+
+async fn step(engine: &Engine, call: &Call, name: &str, operation: Operation, mut new: Value, old: Value, revision: u64) -> Result<Step, Status> {
+    let resource = &call.resource;
+    let subresource = call.info.subresource.as_str();
+    // A scale or a binding is a change of the object's own spec.
+    let sub = (!matches!(subresource, "" | "scale")).then_some(subresource);
+    let attributes = Attributes { call, operation, resource, subresource, namespace: call.namespace(), name, old: Some(&old) };
+    service::carry_over(resource, &mut new, &old);
+    outrigger_api::default::apply(resource, &mut new);
+    prepare::update(resource, sub, &mut new, &old, Timestamp::now());
+    engine.admission.mutate(engine, &attributes, &mut new).await?;
+    let errors = validate::update(resource, sub, &new, &old);
+    if !errors.is_empty() {
+        return Err(call.invalid(name, &errors));
+    }
+    let allocated = service::on_update(engine, call, &mut new, &old)?;
+    engine.admission.validate(engine, &attributes, Some(&new)).await?;
+    meta::set_resource_version(&mut new, meta::resource_version(&old));
+    if call.dry_run {
+        return Ok(Step::Done(new));
+    }
+    if new == old {
+        allocated.keep();
+        return Ok(Step::Done(old));
+    }
+    let key = store_key(&call.key(name));
+    let goes = goes_away(resource.kind.as_ref(), &new, &old);
+    let op = if goes {
+        Op::delete(key, Expect::ModRevision(revision))
+    } else {
+        Op::update(key, stored_bytes(resource, &new), revision).expiring(time_to_live(resource))
+    };
+    match write(engine, op).await? {
+        WriteOutcome::Done { revision, .. } => {
+            allocated.keep();
+            if goes {
+                service::on_delete(engine, resource, &new);
+            }
+            meta::set_resource_version(&mut new, &revision.to_string());
+            Ok(Step::Done(new))
+        }
+        WriteOutcome::Conflict { revision, .. } => Ok(Step::Raced(revision)),
+    }
+}
+
+/// Whether this update takes away the last thing that kept a deleted object: its finalizers.
+pub fn goes_away(kind: &str, new: &Value, old: &Value) -> bool {
+    if !meta::is_deleting(old) || meta::finalizers(new).next().is_some() {
+        return false;
+    }
+    if kind == "Namespace" && !meta::items(new, "spec.finalizers").is_empty() {
+        return false;
+    }
+    meta::get(old, "metadata.deletionGracePeriodSeconds").as_i64().unwrap_or_default() == 0
+}
