@@ -22,7 +22,7 @@ impl Decoded {
     }
 }
 
-/// Fits a built-in kind's body to its struct: drops unknown fields and nulls, makes quantities and times canonical. The error is the
+/// Fits a built-in kind's body to its struct: drops unknown fields, nulls and zero values that Go would not write, makes quantities and times canonical. The error is the
 /// message of a 400. `kind` and `apiVersion` are not compared with the resource.
 pub fn decode(resource: &Resource, object: &mut Value) -> Result<Decoded, String> {
     decode_as(&resource.group, &resource.version, &resource.kind, object)
@@ -59,7 +59,12 @@ impl Walk {
                     self.found.unknown.push(self.path.clone());
                 }
                 Some(_) if item.is_null() => dropped.push(key.clone()),
-                Some(field) => self.value(&field.shape, item)?,
+                Some(field) => {
+                    self.value(&field.shape, item)?;
+                    if field.omit_zero && !matches!(field.shape, Shape::Struct(_) | Shape::Quantity) && crate::meta::is_empty(item) {
+                        dropped.push(key.clone());
+                    }
+                }
             }
             self.path.truncate(length);
         }
@@ -326,11 +331,12 @@ mod tests {
     fn unknown_fields_and_nulls_are_dropped() {
         let (object, found) = pod(json!({
             "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", "creationTimestamp": null, "foo": 1},
-            "spec": {"containers": [{"name": "c", "bar": {"x": 1}, "resources": {"limits": {"cpu": 0.5, "memory": "1024Ki"}}}], "nodeName": null}
+            "spec": {"hostNetwork": false, "automountServiceAccountToken": false, "volumes": [{"name": "v", "emptyDir": {}}], "containers": [{"name": "c", "command": [], "bar": {"x": 1}, "resources": {"limits": {"cpu": 0.5, "memory": "1024Ki"}}}], "nodeName": null}
         }))
         .expect("decodes");
         let expected = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"},
-            "spec": {"containers": [{"name": "c", "resources": {"limits": {"cpu": "500m", "memory": "1Mi"}}}]}});
+            "spec": {"automountServiceAccountToken": false, "volumes": [{"name": "v", "emptyDir": {}}],
+                "containers": [{"name": "c", "resources": {"limits": {"cpu": "500m", "memory": "1Mi"}}}]}});
         assert_eq!(object, expected);
         assert_eq!(found.warnings(), ["unknown field \"metadata.foo\"", "unknown field \"spec.containers[0].bar\""]);
     }

@@ -8,6 +8,8 @@ pub mod names;
 pub mod quantity;
 pub mod time;
 
+pub mod jsonpath;
+
 pub mod field_error;
 pub mod status;
 

@@ -80,6 +80,27 @@ pub fn is_empty(value: &Value) -> bool {
     }
 }
 
+/// Equality as upstream's semantic one: absent, null and empty are the same; the order of map keys does not count.
+pub fn same(left: &Value, right: &Value) -> bool {
+    match (left, right) {
+        (Value::Object(left), Value::Object(right)) => {
+            left.iter().all(|(key, value)| same(value, right.get(key).unwrap_or(&NULL)))
+                && right.iter().all(|(key, value)| left.contains_key(key) || same(&NULL, value))
+        }
+        (Value::Array(left), Value::Array(right)) => {
+            left.len() == right.len() && left.iter().zip(right).all(|(left, right)| same(left, right))
+        }
+        (Value::Null, other) | (other, Value::Null) => match other {
+            Value::Null => true,
+            Value::String(text) => text.is_empty(),
+            Value::Array(items) => items.is_empty(),
+            Value::Object(map) => map.values().all(|value| same(&NULL, value)),
+            _ => false,
+        },
+        _ => left == right,
+    }
+}
+
 pub fn name(object: &Value) -> &str {
     text(object, "metadata.name")
 }
@@ -214,6 +235,18 @@ mod tests {
         assert_eq!(remove(&mut object, "spec.c"), Some(json!({"d": "x"})));
         assert_eq!(remove(&mut object, "none.at.all"), None);
         assert_eq!(text(&object, "spec.none.x"), "");
+    }
+
+    #[test]
+    fn absent_and_empty_are_the_same() {
+        for (left, right, expected) in [
+            (json!({"a": 1}), json!({"a": 1, "b": {}, "c": [], "d": null, "e": ""}), true),
+            (json!({"a": 1, "b": 2}), json!({"b": 2, "a": 1}), true),
+            (json!({"a": false}), json!({}), false),
+            (json!({"a": [1, 2]}), json!({"a": [2, 1]}), false),
+        ] {
+            assert_eq!((same(&left, &right), same(&right, &left)), (expected, expected), "{left} {right}");
+        }
     }
 
     #[test]

@@ -27,6 +27,8 @@ pub struct Type {
 pub struct Field {
     pub name: &'static str,
     pub shape: Shape,
+    /// Zero values (empty text, list or map, 0, false) are left out, as Go leaves out what is no pointer.
+    pub omit_zero: bool,
     pub merge: Merge,
 }
 
@@ -138,12 +140,13 @@ impl Graph {
         let mut words = line.split(' ');
         let name = words.next().unwrap_or_default();
         let shape = self.shape(package, words.next().unwrap_or_default());
-        let mut merge = Merge::default();
+        let (mut merge, mut omit_zero) = (Merge::default(), false);
         for fact in words {
             match fact.split_once('=') {
                 Some(("p", key)) => merge.patch_key = Some(key),
                 Some(("m", keys)) => merge.list = ListType::Map(keys.split(',').collect()),
                 _ => match fact {
+                    "o" => omit_zero = true,
                     "p" => merge.patch_scalars = true,
                     "k" => merge.retain_keys = true,
                     "r" => merge.replace = true,
@@ -152,7 +155,7 @@ impl Graph {
                 },
             }
         }
-        Field { name, shape, merge }
+        Field { name, shape, omit_zero, merge }
     }
 
     fn shape(&self, package: &'static str, text: &'static str) -> Shape {

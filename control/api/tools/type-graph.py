@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Writes src/types.txt (stdout) from upstream's swagger.json (argument): which fields each struct has, and how lists merge.
+"""Writes src/types.txt (stdout) from upstream's swagger.json and the Go modules' folder (arguments): which fields each struct has, and
+how lists merge. `type-graph.py .../k8s.io/kubernetes@v1.35.4/api/openapi-spec/swagger.json .../k8s.io`
 
 A type is a line `group/version Name`; its fields follow, indented: `name shape [facts]`.
 shape: s string, i int32, l int64, d double, b bool, y base64, t time, T micro time, q quantity, I int-or-string, j any JSON,
        R embedded object, `Name` or `group/version Name` a struct; `[]` before it a list, `{}` a map of it.
-facts: p=KEY patch merge key, p patch merge of scalars, k retainKeys, r replace, m=A,B list-map keys, u list set, a atomic.
+facts: o zero values are left out of JSON (omitempty and no pointer), p=KEY patch merge key, p patch merge of scalars, k retainKeys, r replace, m=A,B list-map keys, u list set, a atomic.
 """
-import json, re, sys
+import glob, json, re, sys
 
 defs = json.load(open(sys.argv[1]))["definitions"]
 SCALARS = {"resource.Quantity": "q", "v1.MicroTime": "T", "v1.Time": "t", "intstr.IntOrString": "I", "v1.FieldsV1": "j",
@@ -43,8 +44,43 @@ def shape(prop, package, reach):
             "integer": "i" if prop.get("format") == "int32" else "l"}[kind]
 
 
-def facts(prop):
-    out = []
+def go_structs():
+    """{(package, Name): [(json name, type, omitempty, inlined)]} of every types.go that matters."""
+    structs = {}
+    root = sys.argv[2]
+    patterns = ["api@*/*/v[12]/types*.go", "apimachinery@*/pkg/apis/meta/v1/types.go", "apiextensions-apiserver@*/pkg/apis/apiextensions/v1/types*.go",
+                "kube-aggregator@*/pkg/apis/apiregistration/v1/types.go"]
+    for path in sorted(file for pattern in patterns for file in glob.glob(root + "/" + pattern)):
+        package, current = "/".join(path.split("/")[-3:-1]), None
+        for line in open(path):
+            if start := re.match(r"type (\w+) struct \{", line):
+                current = structs.setdefault((package, start[1]), [])
+            elif line.startswith("}"):
+                current = None
+            elif current is not None and (field := re.match(r'\t(?:\w+\s+)?([\w.*\[\]]+)\s+`.*json:"([^"]*)"', line)):
+                name, *options = field[2].split(",")
+                current.append((name, field[1], "omitempty" in options, "inline" in options))
+    return structs
+
+
+STRUCTS = go_structs()
+
+
+def omitted(key):
+    """Names of the struct's fields that Go leaves out when they are zero."""
+    found = set()
+    for name, kind, omitempty, inlined in STRUCTS.get(key, []):
+        if inlined:
+            package, _, base = kind.rpartition(".")
+            target = {"metav1": "meta/v1", "v1": "core/v1", "corev1": "core/v1"}.get(package, key[0])
+            found |= omitted((target, base))
+        elif omitempty and not kind.startswith("*"):
+            found.add(name)
+    return found
+
+
+def facts(prop, omit):
+    out = ["o"] if omit else []
     strategy = prop.get("x-kubernetes-patch-strategy", "").split(",")
     if "merge" in strategy:
         key = prop.get("x-kubernetes-patch-merge-key")
@@ -76,8 +112,9 @@ while todo:
     definition = defs[name]
     atomic = " a" if definition.get("x-kubernetes-map-type") == "atomic" else ""
     rows = [f"{package} {short}{atomic}"]
+    omit = omitted((package, short))
     for field, prop in sorted(definition.get("properties", {}).items()):
-        rows.append(f" {field} {shape(prop, package, todo)}{facts(prop)}")
+        rows.append(f" {field} {shape(prop, package, todo)}{facts(prop, field in omit)}")
     lines[(package, short)] = rows
 for key in sorted(lines):
     print("\n".join(lines[key]))
