@@ -105,6 +105,11 @@ pub fn name(object: &Value) -> &str {
     text(object, "metadata.name")
 }
 
+/// The `name` of something that is no object of its own: a container, an owner reference.
+pub fn name_field(value: &Value) -> &str {
+    text(value, "name")
+}
+
 pub fn generate_name(object: &Value) -> &str {
     text(object, "metadata.generateName")
 }
