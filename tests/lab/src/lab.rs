@@ -137,7 +137,7 @@ impl Lab {
         if let Ok(running) = Running::read(directory) {
             let pid = Pid::from_raw(running.pid.cast_signed());
             if is_lab(running.pid, name) && kill(pid, Signal::SIGTERM).is_ok() {
-                let deadline = Instant::now() + Duration::from_secs(10);
+                let deadline = Instant::now() + Duration::from_secs(2);
                 while is_lab(running.pid, name) && Instant::now() < deadline {
                     std::thread::sleep(Duration::from_millis(20));
                 }
