@@ -6,13 +6,16 @@
 pub mod attributes;
 pub mod authn;
 pub mod bootstrap;
+mod files;
 pub mod kubeconfig;
 pub mod node;
 pub mod pki;
 pub mod rbac;
+mod rules;
+mod tls;
 pub mod token;
 pub mod user;
 
 pub use attributes::{Attributes, Authorizer, Decision, FieldRequirement, ResourceRules, RulesReview, Union};
-pub use authn::{AuthnError, Authenticated, Authenticator, ObjectLookup};
+pub use authn::{Authenticated, Authenticator, AuthnError, ObjectLookup};
 pub use user::UserInfo;

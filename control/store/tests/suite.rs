@@ -1,5 +1,8 @@
 //! What every store must do, run over each implementation.
 
+// Helpers of tests, which clippy tells from tests.
+#![allow(clippy::unwrap_used)]
+
 use std::sync::Arc;
 use std::time::Duration;
 

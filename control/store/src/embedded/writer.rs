@@ -21,11 +21,13 @@ const CHORES: usize = 1000;
 const SWEEP: Duration = Duration::from_secs(1);
 
 pub(super) enum Command {
-    Write { ops: Vec<Op>, answer: oneshot::Sender<Result<TxnOutcome, StoreError>> },
-    Compact { revision: Revision, answer: oneshot::Sender<Result<(), StoreError>> },
+    Write { ops: Vec<Op>, answer: Answer<TxnOutcome> },
+    Compact { revision: Revision, answer: Answer<()> },
 }
 
-type WriteAnswer = (oneshot::Sender<Result<TxnOutcome, StoreError>>, TxnOutcome);
+type Answer<T> = oneshot::Sender<Result<T, StoreError>>;
+/// A queued transaction and who waits for it.
+type QueuedWrite = (Vec<Op>, Answer<TxnOutcome>);
 
 pub(super) struct Writer {
     tables: Arc<Tables>,
@@ -36,7 +38,7 @@ pub(super) struct Writer {
     compacted: Revision,
     /// Everything up to here is to be compacted.
     compact_to: Revision,
-    compact_waiters: Vec<(Revision, oneshot::Sender<Result<(), StoreError>>)>,
+    compact_waiters: Vec<(Revision, Answer<()>)>,
     /// When which revision was current, oldest first: history's age.
     marks: VecDeque<(Instant, Revision)>,
     /// Seconds since 1970.
@@ -47,7 +49,7 @@ pub(super) struct Writer {
 /// What a group does before it's committed.
 #[derive(Default)]
 struct Group {
-    answers: Vec<WriteAnswer>,
+    answers: Vec<(Answer<TxnOutcome>, TxnOutcome)>,
     events: Vec<Event>,
     compacted: Option<Revision>,
 }
@@ -145,7 +147,7 @@ impl Writer {
         [compaction, expiry].into_iter().flatten().min()
     }
 
-    fn accept_compaction(&mut self, revision: Revision, answer: oneshot::Sender<Result<(), StoreError>>) {
+    fn accept_compaction(&mut self, revision: Revision, answer: Answer<()>) {
         let refusal = if revision > self.revision {
             Some(StoreError::FutureRevision { requested: revision, current: self.revision })
         } else if revision <= self.compacted {
@@ -188,7 +190,7 @@ impl Writer {
         self.compact_to = self.compact_to.max(self.revision.saturating_sub(self.keep_revisions));
     }
 
-    fn commit(&mut self, writes: Vec<(Vec<Op>, oneshot::Sender<Result<TxnOutcome, StoreError>>)>) -> Result<Group, StoreError> {
+    fn commit(&mut self, writes: Vec<QueuedWrite>) -> Result<Group, StoreError> {
         let mut group = Group::default();
         let transaction = match self.tables.database.begin_write() {
             Ok(transaction) => transaction,
@@ -213,7 +215,7 @@ impl Writer {
     fn fill(
         &mut self,
         transaction: &WriteTransaction,
-        writes: &mut impl Iterator<Item = (Vec<Op>, oneshot::Sender<Result<TxnOutcome, StoreError>>)>,
+        writes: &mut impl Iterator<Item = QueuedWrite>,
         group: &mut Group,
     ) -> Result<(), StoreError> {
         let mut open = Open {
@@ -266,7 +268,7 @@ impl Writer {
 }
 
 /// Answers everything that a failed group held; hands the error back.
-fn fail_all(rest: Vec<(Vec<Op>, oneshot::Sender<Result<TxnOutcome, StoreError>>)>, group: Group, error: StoreError) -> StoreError {
+fn fail_all(rest: Vec<QueuedWrite>, group: Group, error: StoreError) -> StoreError {
     let answers = group.answers.into_iter().map(|(answer, _)| answer).chain(rest.into_iter().map(|(_, answer)| answer));
     for answer in answers {
         let _ = answer.send(Err(error.clone()));
