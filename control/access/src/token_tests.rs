@@ -82,7 +82,9 @@ fn verification_by_time_and_audience() {
     let issuer = issuer();
     let token = issuer.issue(&TokenWish { audiences: vec![AUDIENCE.to_owned(), "vault".to_owned()], ..wish() }).unwrap().token;
     let iat = payload(&token)["iat"].as_i64().unwrap();
-    let cases: [(i64, &[&str], Result<&[&str], &str>); 7] = [
+    // age in seconds; audiences; those it's good for, or why not
+    type Case = (i64, &'static [&'static str], Result<&'static [&'static str], &'static str>);
+    let cases: [Case; 7] = [
         (0, &[], Ok(&[AUDIENCE])),
         (0, &["vault", "other"], Ok(&["vault"])),
         (0, &["other"], Err("is invalid for the target audiences")),

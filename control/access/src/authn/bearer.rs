@@ -66,9 +66,14 @@ fn same_secret(left: &[u8], right: &[u8]) -> bool {
     left.len() == right.len() && std::hint::black_box(difference) == 0
 }
 
+fn is_token(known: &StaticToken, token: &str) -> bool {
+    same_secret(known.token.as_bytes(), token.as_bytes())
+}
+
 pub(super) fn static_user(tokens: &[StaticToken], token: &str) -> Option<UserInfo> {
-    // All are compared, so that time doesn't tell which one came close.
-    tokens.iter().filter(|known| same_secret(known.token.as_bytes(), token.as_bytes())).last().map(|known| known.user.clone())
+    // All are compared, so that time doesn't tell which one came close; of twins the last counts.
+    let matching = |found, known| if is_token(known, token) { Some(known) } else { found };
+    tokens.iter().fold(None, matching).map(|known| known.user.clone())
 }
 
 /// Reads the CSV `token,user,uid,"group1,group2"`.
@@ -225,7 +230,7 @@ fn bootstrap_groups(stored: &Value, id: &str, secret: &str) -> Result<BTreeSet<S
         return Err("token-id differs");
     }
     let expiration = text("expiration");
-    if !expiration.is_empty() && expiration.parse::<Timestamp>().is_ok_and(|at| at > Timestamp::now()) != true {
+    if !expiration.is_empty() && !expiration.parse::<Timestamp>().is_ok_and(|at| at > Timestamp::now()) {
         return Err("it expired");
     }
     if text("usage-bootstrap-authentication") != "true" {

@@ -20,7 +20,7 @@ pub(super) enum Kind {
 }
 
 /// (namespace, name)
-type Key = (String, String);
+pub(super) type Key = (String, String);
 
 /// Fed from the API server's watches.
 #[derive(Default)]

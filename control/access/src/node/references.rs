@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::graph::Kind;
+use super::graph::{Key, Kind};
 
 /// Set on the API server's copy of a static pod, whose references give no rights.
 const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
@@ -206,8 +206,8 @@ fn strip_nulls(value: &mut Value) {
     }
 }
 
-/// `None` for a pod without a node.
-pub(super) fn pod(json: &[u8]) -> Result<Option<((String, String), PodFacts)>, serde_json::Error> {
+/// Namespace and name of a pod, and its facts; `None` for a pod without a node.
+pub(super) fn pod(json: &[u8]) -> Result<Option<(Key, PodFacts)>, serde_json::Error> {
     let pod: Pod = read(json)?;
     let Some(node) = pod.spec.node_name.clone().filter(|node| !node.is_empty()) else { return Ok(None) };
     let mut found = BTreeSet::new();
