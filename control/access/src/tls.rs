@@ -76,3 +76,7 @@ impl ClientCertVerifier for Acceptor {
         self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
+
+#[cfg(test)]
+#[path = "tls_tests.rs"]
+mod tests;
