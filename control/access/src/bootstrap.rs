@@ -190,7 +190,9 @@ pub fn reconcile(stored: &mut Value, wanted: &BootstrapObject) -> Reconciled {
         if stored["roleRef"] != wanted.object["roleRef"] {
             return Reconciled::Recreate;
         }
-        add_missing_entries(&mut stored["subjects"], &wanted.object["subjects"]);
+        // Not by the API group, which defaulting may have filled in.
+        let identity = |subject: &Value| ["kind", "namespace", "name"].map(|field| subject[field].as_str().unwrap_or_default().to_owned());
+        add_missing(&mut stored["subjects"], &wanted.object["subjects"], |one, other| identity(one) == identity(other));
     } else {
         reconcile_role(stored, &wanted.object);
     }
@@ -228,13 +230,17 @@ fn add_missing_keys(stored: &mut Value, wanted: &Value) {
 }
 
 fn add_missing_entries(stored: &mut Value, wanted: &Value) {
+    add_missing(stored, wanted, |one, other| one == other);
+}
+
+fn add_missing(stored: &mut Value, wanted: &Value, same: impl Fn(&Value, &Value) -> bool) {
     let Some(wanted) = wanted.as_array() else { return };
     if stored.is_null() {
         *stored = Value::Array(Vec::new());
     }
     if let Value::Array(stored) = stored {
         for entry in wanted {
-            if !stored.contains(entry) {
+            if !stored.iter().any(|one| same(one, entry)) {
                 stored.push(entry.clone());
             }
         }

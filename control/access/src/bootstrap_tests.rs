@@ -112,6 +112,8 @@ fn reconciling_bindings() {
     let wanted =
         objects().into_iter().find(|object| object.name == "system:basic-user" && object.resource == "clusterrolebindings").unwrap();
     let mut stored = wanted.object.clone();
+    stored["subjects"][0]["apiGroup"] = "".into();
+    assert_eq!(reconcile(&mut stored, &wanted), Reconciled::Unchanged);
     stored["subjects"] = json!([{ "kind": "User", "name": "me" }]);
     assert_eq!(reconcile(&mut stored, &wanted), Reconciled::Changed);
     assert_eq!(stored["subjects"].as_array().unwrap().len(), 2);
