@@ -1,0 +1,204 @@
+//! All pods of the node, and the loop that hands changes from their sources to their workers.
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, RwLock};
+
+use k8s_openapi::api::core::v1::Pod;
+use outrigger_cluster::status::events::Kind;
+use outrigger_cluster::{Delta, Key};
+use tokio::sync::{mpsc, watch};
+use tracing::{debug, info};
+
+use crate::host::Host;
+use crate::pod::meta::{full_name, is_mirror, is_terminal_phase, name_of, namespace_of, phase, uid_of};
+use crate::pod::record::{Record, Source};
+use crate::pod::{admission, worker};
+
+/// The records by UID.
+#[derive(Default)]
+pub struct Registry {
+    records: RwLock<HashMap<String, Arc<Record>>>,
+}
+
+impl Registry {
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, HashMap<String, Arc<Record>>> {
+        self.records.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, HashMap<String, Arc<Record>>> {
+        self.records.write().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    pub fn get(&self, uid: &str) -> Option<Arc<Record>> {
+        self.read().get(uid).cloned()
+    }
+
+    pub fn all(&self) -> Vec<Arc<Record>> {
+        self.read().values().cloned().collect()
+    }
+
+    pub fn uids(&self) -> HashSet<String> {
+        self.read().keys().cloned().collect()
+    }
+
+    /// The newest pod of that name.
+    pub fn named(&self, namespace: &str, name: &str) -> Option<Arc<Record>> {
+        let records = self.read();
+        let found = records.values().filter(|record| {
+            let pod = record.pod();
+            namespace_of(&pod) == namespace && name_of(&pod) == name
+        });
+        found.max_by_key(|record| record.pod().metadata.creation_timestamp.clone()).cloned()
+    }
+
+    pub fn wake(&self, uid: &str) {
+        if let Some(record) = self.get(uid) {
+            record.wake.notify_one();
+        }
+    }
+}
+
+type StaticPods = Option<BTreeMap<String, Arc<Pod>>>;
+
+/// Follows the sources of pods for ever. `synced` turns true once each has been read in full.
+pub async fn run(host: Arc<Host>, registry: Arc<Registry>, mut static_pods: Option<watch::Receiver<StaticPods>>, synced: watch::Sender<bool>) {
+    let mut api = host.watch.pods.subscribe();
+    let mut changes = host.lookup.changes();
+    let (ended, mut ends) = mpsc::unbounded_channel::<String>();
+    let dispatcher = Dispatcher { host, registry, ended };
+    let mut api_read = false;
+    loop {
+        tokio::select! {
+            delta = api.recv() => match delta {
+                Some(delta) => {
+                    api_read = true;
+                    dispatcher.take_delta(delta);
+                }
+                // The mirror lives as long as the agent.
+                None => return,
+            },
+            Some(uid) = ends.recv() => {
+                dispatcher.registry.write().remove(&uid);
+                // Its name may be free for the next version of a static pod.
+                dispatcher.take_static(static_pods.as_ref().map(|pods| pods.borrow().clone()).unwrap_or_default());
+            }
+            Ok(uid) = changes.recv() => dispatcher.registry.wake(&uid),
+            Ok(()) = async {
+                match &mut static_pods {
+                    Some(pods) => pods.changed().await,
+                    None => std::future::pending().await,
+                }
+            } => {
+                let pods = static_pods.as_mut().map(|pods| pods.borrow_and_update().clone()).unwrap_or_default();
+                dispatcher.take_static(pods);
+            }
+        }
+        let static_read = static_pods.as_ref().is_none_or(|pods| pods.borrow().is_some());
+        if api_read && static_read {
+            synced.send_if_modified(|synced| !std::mem::replace(synced, true));
+        }
+    }
+}
+
+struct Dispatcher {
+    host: Arc<Host>,
+    registry: Arc<Registry>,
+    ended: mpsc::UnboundedSender<String>,
+}
+
+impl Dispatcher {
+    fn take_delta(&self, delta: Delta<Pod>) {
+        match delta {
+            Delta::Replaced(pods) => {
+                let uids: HashSet<&str> = pods.iter().map(|pod| uid_of(pod)).collect();
+                let mut in_order: Vec<&Arc<Pod>> = pods.iter().collect();
+                in_order.sort_by_key(|pod| pod.metadata.creation_timestamp.clone());
+                for pod in in_order {
+                    self.take_applied(pod);
+                }
+                for record in self.registry.all() {
+                    if record.source == Source::Api && !uids.contains(record.uid.as_str()) {
+                        record.mark_gone();
+                    }
+                }
+            }
+            Delta::Applied(pod) => self.take_applied(&pod),
+            Delta::Deleted(pod) => match self.registry.get(uid_of(&pod)) {
+                Some(record) => {
+                    record.update(pod);
+                    record.mark_gone();
+                }
+                None => self.wake_owner_of(&pod),
+            },
+        }
+    }
+
+    fn take_applied(&self, pod: &Arc<Pod>) {
+        if is_mirror(pod) {
+            self.wake_owner_of(pod);
+            return;
+        }
+        match self.registry.get(uid_of(pod)) {
+            Some(record) => record.update(pod.clone()),
+            None => self.add(pod.clone(), Source::Api),
+        }
+    }
+
+    /// A mirror's change concerns the static pod behind it.
+    fn wake_owner_of(&self, mirror: &Pod) {
+        if let Some(record) = self.registry.named(namespace_of(mirror), name_of(mirror)).filter(|record| record.source == Source::File) {
+            record.wake.notify_one();
+        }
+    }
+
+    fn take_static(&self, pods: StaticPods) {
+        let Some(pods) = pods else { return };
+        for record in self.registry.all() {
+            if record.source == Source::File && !pods.contains_key(&record.uid) {
+                record.mark_gone();
+            }
+        }
+        for (uid, pod) in pods {
+            // The older version of the manifest has to be gone first.
+            let name_taken = self.registry.named(namespace_of(&pod), name_of(&pod)).is_some();
+            if self.registry.get(&uid).is_none() && !name_taken {
+                self.add(pod, Source::File);
+            }
+        }
+    }
+
+    fn add(&self, pod: Arc<Pod>, source: Source) {
+        let record = Arc::new(Record::new(pod.clone(), source));
+        self.admit(&record, &pod);
+        debug!(pod = %full_name(&pod), ?source, "new");
+        self.registry.write().insert(record.uid.clone(), record.clone());
+        let (host, ended) = (self.host.clone(), self.ended.clone());
+        tokio::spawn(async move {
+            let uid = record.uid.clone();
+            worker::run(host, record).await;
+            // The loop that listens lives as long as the agent.
+            let _ = ended.send(uid);
+        });
+    }
+
+    /// A pod that ran here before the agent was restarted isn't asked again.
+    fn admit(&self, record: &Record, pod: &Pod) {
+        let status = pod.status.as_ref();
+        let fresh = phase(pod).is_empty() || (phase(pod) == "Pending" && status.is_none_or(|status| status.start_time.is_none()));
+        if !fresh || pod.metadata.deletion_timestamp.is_some() {
+            return;
+        }
+        let others: Vec<Arc<Pod>> = self
+            .registry
+            .all()
+            .into_iter()
+            .filter(|other| !other.status().phase.as_deref().is_some_and(is_terminal_phase) && other.failed().is_none())
+            .map(|other| other.pod())
+            .collect();
+        let node = self.host.watch.nodes.get(&Key::new("", &self.host.config.node_name));
+        if let Err(verdict) = admission::admit(pod, &others, &self.host.allocatable, node.as_deref()) {
+            info!(pod = %full_name(pod), reason = verdict.reason, message = verdict.message, "refused");
+            self.host.writer.event(&crate::pod::meta::reference(pod), Kind::Warning, &verdict.reason, verdict.message.clone());
+            record.fail(verdict);
+        }
+    }
+}
