@@ -14,6 +14,7 @@ pub mod discovery;
 pub mod openapi;
 pub mod admission;
 pub mod registry;
+pub mod protobuf;
 pub mod proxy;
 pub mod cache;
 pub mod feed;

@@ -8,13 +8,16 @@ use serde_json::Value;
 
 pub const JSON: &str = "application/json";
 pub const YAML: &str = "application/yaml";
-pub const SUPPORTED: &[&str] = &[JSON, YAML];
+pub const PROTOBUF: &str = "application/vnd.kubernetes.protobuf";
+pub const SUPPORTED: &[&str] = &[JSON, YAML, PROTOBUF];
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Encoding {
     #[default]
     Json,
     Yaml,
+    /// Only for those who accept nothing else: the caches hold JSON.
+    Protobuf,
 }
 
 /// What the objects of an answer are turned into.
@@ -75,10 +78,13 @@ pub fn accept(headers: &HeaderMap, forms: bool) -> Result<Accept, Status> {
     if header.trim().is_empty() {
         return Ok(Accept { gzip, ..Default::default() });
     }
-    for media in media_types(&header) {
+    let types = media_types(&header);
+    let mut protobuf = None;
+    for media in types {
         let encoding = match media.name {
             "application/json" | "*/*" | "application/*" => Encoding::Json,
             "application/yaml" => Encoding::Yaml,
+            PROTOBUF => Encoding::Protobuf,
             _ => continue,
         };
         let form = match media.param("as") {
@@ -89,9 +95,15 @@ pub fn accept(headers: &HeaderMap, forms: bool) -> Result<Accept, Status> {
             Some("PartialObjectMetadata" | "PartialObjectMetadataList") => Form::Metadata,
             Some(_) => continue,
         };
-        return Ok(Accept { encoding, form, gzip });
+        let accept = Accept { encoding, form, gzip };
+        if encoding != Encoding::Protobuf {
+            return Ok(accept);
+        }
+        if form == Form::Plain {
+            protobuf.get_or_insert(accept);
+        }
     }
-    Err(Status::not_acceptable(SUPPORTED))
+    protobuf.ok_or_else(|| Status::not_acceptable(SUPPORTED))
 }
 
 /// The body as a JSON value; the text is returned too when it was JSON, for duplicate-field checks.
@@ -99,6 +111,7 @@ pub fn decode_body(headers: &HeaderMap, body: &Bytes) -> Result<Value, Status> {
     match MediaType::parse(header_text(headers, &CONTENT_TYPE)).name {
         "" | "application/json" | "*/*" => decode_json(body),
         "application/yaml" => decode_yaml(body),
+        PROTOBUF => crate::protobuf::decode(body).map_err(|error| Status::bad_request(error.to_string())),
         other => Err(Status::unsupported_media_type(other, SUPPORTED)),
     }
 }
@@ -126,7 +139,8 @@ mod tests {
         let kubectl = "application/json;as=Table;v=v1;g=meta.k8s.io,application/json;as=Table;v=v1beta1;g=meta.k8s.io,application/json";
         assert_eq!(of(kubectl).unwrap().form, Form::Table);
         assert_eq!(of("application/vnd.kubernetes.protobuf,application/json").unwrap().form, Form::Plain);
-        assert_eq!(of("application/vnd.kubernetes.protobuf").unwrap_err().code, 406);
+        assert_eq!(of("application/vnd.kubernetes.protobuf").unwrap().encoding, Encoding::Protobuf);
+        assert_eq!(of("application/vnd.kubernetes.protobuf, */*").unwrap().encoding, Encoding::Json);
         assert_eq!(of("application/yaml").unwrap().encoding, Encoding::Yaml);
         assert_eq!(of("application/json;q=0.1, application/yaml").unwrap().encoding, Encoding::Yaml);
         assert_eq!(of("application/json;as=Nonsense;v=v1;g=meta.k8s.io").unwrap_err().code, 406);

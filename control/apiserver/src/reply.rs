@@ -38,6 +38,10 @@ fn encoded(code: u16, json: Bytes, accept: Accept) -> Response {
     let (bytes, kind) = match accept.encoding {
         Encoding::Json => (json, "application/json"),
         Encoding::Yaml => (to_yaml(&json), "application/yaml"),
+        Encoding::Protobuf => match to_protobuf(&json) {
+            Ok(bytes) => (bytes, "application/vnd.kubernetes.protobuf"),
+            Err(_) => return failure(&Status::not_acceptable(&[crate::negotiate::JSON, crate::negotiate::YAML])),
+        },
     };
     if accept.gzip && bytes.len() >= GZIP_FROM {
         let mut response = plain(code, kind, gzip(&bytes));
@@ -51,6 +55,11 @@ fn encoded(code: u16, json: Bytes, accept: Accept) -> Response {
 fn to_yaml(json: &Bytes) -> Bytes {
     let value: Value = serde_json::from_slice(json).unwrap_or(Value::Null);
     serde_yaml_ng::to_string(&value).map(Bytes::from).unwrap_or_else(|_| json.clone())
+}
+
+fn to_protobuf(json: &Bytes) -> Result<Bytes, crate::protobuf::ProtobufError> {
+    let value: Value = serde_json::from_slice(json).unwrap_or(Value::Null);
+    crate::protobuf::encode(&value).map(Bytes::from)
 }
 
 pub fn gzip(bytes: &[u8]) -> Bytes {

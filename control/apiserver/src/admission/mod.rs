@@ -2,10 +2,12 @@
 
 mod certificate;
 mod defaults;
+mod limits;
 mod namespace;
 mod node;
 mod pod;
 mod priority;
+mod quota;
 mod rbac;
 mod service_account;
 
@@ -68,6 +70,7 @@ impl Default for Chain {
     fn default() -> Self {
         Self(vec![
             Box::new(namespace::NamespaceLifecycle),
+            Box::new(limits::LimitRanger),
             Box::new(service_account::ServiceAccount),
             Box::new(node::TaintByCondition),
             Box::new(priority::Priority),
@@ -94,7 +97,8 @@ impl Chain {
         for plugin in &self.0 {
             plugin.validate(engine, attributes, object)?;
         }
-        Ok(())
+        // Last, since it counts what all others have let through.
+        quota::charge(engine, attributes, object).await
     }
 }
 

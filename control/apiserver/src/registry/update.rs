@@ -70,6 +70,26 @@ where
     Err(Status::modified(&call.resource.group, &call.resource.plural, name))
 }
 
+/// The server's own change of a status, as part of another write: no admission, no validation. Errors of `make` end it.
+pub async fn change_unchecked<F>(engine: &Engine, call: &Call, name: &str, mut make: F) -> Result<(), Status>
+where
+    F: FnMut(&Value) -> Result<Value, Status>,
+{
+    for _ in 0..TRIES {
+        let entry = cached(engine, call, name).ok_or_else(|| call.not_found(name))?;
+        let new = make(&entry.object())?;
+        if call.dry_run {
+            return Ok(());
+        }
+        let op = Op::update(store_key(&call.key(name)), stored_bytes(&call.resource, &new), entry.revision);
+        match write(engine, op).await? {
+            WriteOutcome::Done { revision, .. } => return engine.reach(revision).await,
+            WriteOutcome::Conflict { revision, .. } => engine.reach(revision).await?,
+        }
+    }
+    Err(Status::modified(&call.resource.group, &call.resource.plural, name))
+}
+
 enum Step {
     Done(Value),
     /// Someone else wrote first; the caches must reach this revision before the next try.

@@ -18,7 +18,7 @@ use crate::body::boxed;
 use crate::cache::{Change, ChangeKind, Entry, ResourceCache, encode, split_key};
 use crate::call::Call;
 use crate::engine::Engine;
-use crate::negotiate::Form;
+use crate::negotiate::{Encoding, Form};
 use crate::registry::list::Selectors;
 use crate::registry::read::{include_object, parse_revision, partial};
 use crate::registry::in_version;
@@ -38,6 +38,7 @@ struct Watcher {
     within: String,
     selectors: Selectors,
     form: Form,
+    protobuf: bool,
     include: IncludeObject,
     bookmarks: bool,
     columns_sent: bool,
@@ -66,6 +67,7 @@ pub async fn watch(engine: &Arc<Engine>, call: &Call) -> Result<Reply, Status> {
         within: within.to_string(),
         selectors,
         form: call.accept.form,
+        protobuf: call.accept.encoding == Encoding::Protobuf,
         include: include_object(call)?,
         bookmarks: call.query.flag("allowWatchBookmarks"),
         columns_sent: false,
@@ -89,7 +91,8 @@ pub async fn watch(engine: &Arc<Engine>, call: &Call) -> Result<Reply, Status> {
     }
     tokio::spawn(watcher.run());
     let frames = tokio_stream::wrappers::ReceiverStream::new(receiver).map(|chunk| Ok::<_, std::convert::Infallible>(hyper::body::Frame::data(chunk)));
-    Ok(Reply::Whole(reply::stream("application/json", boxed(StreamBody::new(frames)))))
+    let kind = if call.accept.encoding == Encoding::Protobuf { "application/vnd.kubernetes.protobuf;stream=watch" } else { "application/json" };
+    Ok(Reply::Whole(reply::stream(kind, boxed(StreamBody::new(frames)))))
 }
 
 /// Whether the watch begins with the state and a bookmark that ends it.
@@ -278,6 +281,14 @@ impl Watcher {
     }
 
     fn frame(&mut self, kind: &str, object: &Bytes) {
+        if self.protobuf {
+            let value: Value = serde_json::from_slice(object).unwrap_or(Value::Null);
+            match crate::protobuf::watch_frame(kind, &value) {
+                Ok(frame) => self.chunk.put_slice(&frame),
+                Err(error) => tracing::error!(%error, "an event has no protobuf form"),
+            }
+            return;
+        }
         self.chunk.reserve(object.len() + 48);
         self.chunk.put_slice(b"{\"type\":\"");
         self.chunk.put_slice(kind.as_bytes());
