@@ -1,4 +1,6 @@
-//! What the agent knows of the cluster: [`watch`] and [`lookup`] are the only places that read the API, [`status`] the only one that writes it.
+//! What the agent knows of the cluster: [`watch`] and [`lookup`] are the only places that read the API, [`status`] the only one that
+//! writes it; [`access`] asks it who may use the node's own API.
+pub mod access;
 pub mod lookup;
 pub mod mirror;
 pub mod status;
