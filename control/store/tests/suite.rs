@@ -407,7 +407,7 @@ async fn expired_keys_are_deleted(store: Arc<dyn Store>) {
 
 async fn rewriting_moves_or_ends_the_expiry(store: Arc<dyn Store>) {
     let mut watch = store.watch(WatchRequest::new("/e", 0)).await.unwrap();
-    let ttl = Some(Duration::from_secs(1));
+    let ttl = Some(Duration::from_secs(2));
     done(&*store, Op::put("/e/kept", value("1")).expiring(ttl)).await;
     done(&*store, Op::put("/e/kept", value("2"))).await;
     done(&*store, Op::put("/e/moved", value("1")).expiring(ttl)).await;

@@ -222,7 +222,7 @@ impl Writer {
             versions: transaction.open_table(VERSIONS).map_err(backend("open a table"))?,
             log: transaction.open_table(LOG).map_err(backend("open a table"))?,
             expiries: transaction.open_table(EXPIRIES).map_err(backend("open a table"))?,
-            now: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+            now: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(),
         };
         let first = self.revision;
         for (ops, answer) in writes {
@@ -253,7 +253,7 @@ impl Writer {
     }
 
     fn sweep(&mut self, open: &mut Open<'_>, group: &mut Group) -> Result<(), StoreError> {
-        if self.next_expiry.is_none_or(|at| at > open.now) || self.last_sweep.is_some_and(|last| last.elapsed() < SWEEP) {
+        if self.next_expiry.is_none_or(|at| at > open.now.as_secs()) || self.last_sweep.is_some_and(|last| last.elapsed() < SWEEP) {
             return Ok(());
         }
         self.last_sweep = Some(Instant::now());
@@ -286,8 +286,8 @@ struct Open<'t> {
     versions: Table<'t, (&'static str, u64), &'static [u8]>,
     log: Table<'t, (u64, u32), (&'static str, u64)>,
     expiries: Table<'t, (u64, &'static str), ()>,
-    /// Seconds since 1970.
-    now: u64,
+    /// Since 1970.
+    now: Duration,
 }
 
 /// A key before a write: as callers see it, and when it would have expired.
@@ -338,7 +338,7 @@ impl Open<'_> {
     fn apply(&mut self, op: Op, before: Before, revision: Revision, index: u32) -> Result<Written, StoreError> {
         let Before { kv: previous, expiry: old_expiry } = before;
         let (key, value, expiry) = match op {
-            Op::Put { key, value, ttl, .. } => (key, Some(value), ttl.map_or(0, |ttl| self.now + ttl.as_secs_f64().ceil() as u64)),
+            Op::Put { key, value, ttl, .. } => (key, Some(value), ttl.map_or(0, |ttl| seconds_rounded_up(self.now.saturating_add(ttl)))),
             Op::Delete { key, .. } => (key, None, 0),
         };
         if value.is_none() && previous.is_none() {
@@ -368,7 +368,7 @@ impl Open<'_> {
 
     fn expired(&self) -> Result<Vec<String>, StoreError> {
         let mut keys = Vec::new();
-        for entry in self.expiries.range(..(self.now + 1, "")).map_err(backend("read expiries"))?.take(CHORES) {
+        for entry in self.expiries.range(..(self.now.as_secs() + 1, "")).map_err(backend("read expiries"))?.take(CHORES) {
             let (position, _) = entry.map_err(backend("read expiries"))?;
             keys.push(position.value().1.to_owned());
         }
@@ -404,6 +404,11 @@ impl Open<'_> {
         }
         Ok(reached)
     }
+}
+
+/// So that no key goes before its time.
+fn seconds_rounded_up(moment: Duration) -> u64 {
+    moment.as_secs() + u64::from(moment.subsec_nanos() > 0)
 }
 
 fn event_of(written: &Written, revision: Revision) -> Option<Event> {
