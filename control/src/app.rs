@@ -24,6 +24,8 @@ pub async fn run(options: config::Run) -> anyhow::Result<()> {
     let config = Config::new(pki, options.service_cluster_ip_range.clone(), advertise, options.secure_port);
     let listeners = listeners(&options).await?;
     let api = ApiServer::start(config, store).await.context("starting the API server")?;
+    let (stop_loops, loops_stop) = tokio::sync::watch::channel(false);
+    let loops = crate::loops::start(&api, &options, loops_stop);
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let serving = api.serve(listeners);
     tokio::pin!(serving);
@@ -33,6 +35,8 @@ pub async fn run(options: config::Run) -> anyhow::Result<()> {
         _ = interrupt.recv() => {}
     }
     tracing::info!("stopping");
+    stop_loops.send_replace(true);
+    loops.await.context("stopping the controllers")?;
     api.shutdown();
     serving.await.context("serving")
 }

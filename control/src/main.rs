@@ -2,6 +2,7 @@
 
 mod app;
 mod config;
+mod loops;
 
 use clap::Parser;
 
