@@ -1,13 +1,9 @@
 //! Which Service an address belongs to, and which of its backends a new connection gets.
 
-use outrigger_abi::{
-    Addr, Affinity, AffinityKey, Endpoint, Frontend, FrontendKey, Range, Slot, frontend_flags, node_address_flags,
-};
+use outrigger_abi::{Addr, Affinity, AffinityKey, Endpoint, Frontend, FrontendKey, Port, Range, Slot, frontend_flags, node_address_flags};
 
 /// Binary search ends after this many steps: 65,536 backends.
 const MAX_SEARCH: u32 = 17;
-/// How often a lookup is repeated when the set it met was given away meanwhile.
-const RETRIES: u32 = 2;
 const SECOND: u64 = 1_000_000_000;
 
 /// What the decisions read and write: the maps, the clock, chance. Elements are lent, not copied: the programs have 512 bytes
@@ -53,12 +49,18 @@ impl Client {
     }
 }
 
-/// A backend that the flow had before, with the place where it was found.
+/// A backend that the flow had before, with the place where it was found. Not an `Option`: the compiler moves the undefined
+/// content of a `None` about, and the kernel refuses programs that do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hint {
     pub backend: Endpoint,
     pub base: u32,
     pub index: u32,
+}
+
+impl Hint {
+    /// No backend has port 0.
+    pub const NONE: Self = Self { backend: Endpoint::new(Addr([0; 4]), Port(0)), base: 0, index: 0 };
 }
 
 /// A backend for a connection.
@@ -101,65 +103,66 @@ pub fn find<'a, T: Tables>(tables: &'a T, key: &FrontendKey, client: Client) -> 
 
 /// Where a new connection (or, with a hint, the next datagram of a flow) goes.
 #[inline(always)]
-pub fn choose<T: Tables>(tables: &T, key: &FrontendKey, client: Client, hint: Option<Hint>) -> Verdict {
-    let mut service = 0;
-    let mut attempt = 0;
-    while attempt < RETRIES {
-        attempt += 1;
-        let Some(frontend) = find(tables, key, client) else { return Verdict::Pass };
-        let (range, drop) = if client.is_outside() {
-            (frontend.external, frontend_flags::DROP_EXTERNAL)
-        } else {
-            (frontend.internal, frontend_flags::DROP_INTERNAL)
-        };
-        service = frontend.service;
-        if range.count == 0 {
-            return if frontend.flags & drop != 0 { Verdict::Drop(service) } else { Verdict::Refuse(service) };
-        }
-        if let Some((slot, index)) = pick(tables, frontend, range, client, hint) {
-            return Verdict::To(Choice {
-                service,
-                frontend_flags: frontend.flags,
-                backend: slot.endpoint(),
-                slot_flags: slot.flags,
-                base: range.base,
-                index,
-            });
-        }
+pub fn choose<T: Tables>(tables: &T, key: &FrontendKey, client: Client, hint: Hint) -> Verdict {
+    let Some(frontend) = find(tables, key, client) else { return Verdict::Pass };
+    let Some(range) = backends(frontend, client) else { return none(frontend, client) };
+    if let Some((slot, index)) = pick(tables, frontend, range, client, hint) {
+        return Verdict::To(choice(frontend, range, slot, index));
     }
-    Verdict::Refuse(service)
+    // The set was given away between the two lookups: the frontend has another by now.
+    let Some(frontend) = find(tables, key, client) else { return Verdict::Pass };
+    let Some(range) = backends(frontend, client) else { return none(frontend, client) };
+    match any(tables, frontend.service, range) {
+        Some((slot, index)) => Verdict::To(choice(frontend, range, slot, index)),
+        None => Verdict::Refuse(frontend.service),
+    }
+}
+
+#[inline(always)]
+fn backends(frontend: &Frontend, client: Client) -> Option<Range> {
+    let range = if client.is_outside() { frontend.external } else { frontend.internal };
+    (range.count != 0).then_some(range)
+}
+
+#[inline(always)]
+fn none(frontend: &Frontend, client: Client) -> Verdict {
+    let drop = if client.is_outside() { frontend_flags::DROP_EXTERNAL } else { frontend_flags::DROP_INTERNAL };
+    if frontend.flags & drop != 0 { Verdict::Drop(frontend.service) } else { Verdict::Refuse(frontend.service) }
+}
+
+#[inline(always)]
+fn choice(frontend: &Frontend, range: Range, slot: &Slot, index: u32) -> Choice {
+    Choice {
+        service: frontend.service,
+        frontend_flags: frontend.flags,
+        backend: slot.endpoint(),
+        slot_flags: slot.flags,
+        base: range.base,
+        index,
+    }
 }
 
 /// The flow's own backend while it is in the set, else the client's by affinity, else any.
 #[inline(always)]
-fn pick<'a, T: Tables>(
-    tables: &'a T,
-    frontend: &Frontend,
-    range: Range,
-    client: Client,
-    hint: Option<Hint>,
-) -> Option<(&'a Slot, u32)> {
-    if let Some(hint) = hint
-        && let Some(found) = locate(tables, frontend.service, range, &hint)
-    {
-        return Some(found);
-    }
-    if frontend.affinity == 0 {
-        return any(tables, frontend.service, range);
-    }
+fn pick<'a, T: Tables>(tables: &'a T, frontend: &Frontend, range: Range, client: Client, mut hint: Hint) -> Option<(&'a Slot, u32)> {
     let key = client.affinity_key(frontend.service);
     let now = tables.now();
-    let found = match tables.affinity(&key) {
-        Some(old) if now.wrapping_sub(old.seen) <= frontend.affinity as u64 * SECOND => {
-            locate(tables, frontend.service, range, &Hint { backend: old.backend, base: old.base, index: old.index })
-        }
-        _ => None,
-    };
+    // One search serves both: the kernel looks at each of them anew.
+    if frontend.affinity != 0
+        && hint.backend.port == Port(0)
+        && let Some(old) = tables.affinity(&key)
+        && now.wrapping_sub(old.seen) <= frontend.affinity as u64 * SECOND
+    {
+        hint = Hint { backend: old.backend, base: old.base, index: old.index };
+    }
+    let found = if hint.backend.port == Port(0) { None } else { locate(tables, frontend.service, range, &hint) };
     let (slot, index) = match found {
         Some(found) => found,
         None => any(tables, frontend.service, range)?,
     };
-    tables.remember(&key, &Affinity { seen: now, backend: slot.endpoint(), base: range.base, index, zero: 0 });
+    if frontend.affinity != 0 {
+        tables.remember(&key, &Affinity { seen: now, backend: slot.endpoint(), base: range.base, index, zero: 0 });
+    }
     Some((slot, index))
 }
 
@@ -186,23 +189,26 @@ fn locate<'a, T: Tables>(tables: &'a T, service: u32, range: Range, hint: &Hint)
             return Some((slot, hint.index));
         }
     }
-    let wanted = hint.backend.sort_key();
-    let (mut low, mut high) = (0, range.count);
+    search(tables, range, hint.backend.sort_key()).filter(|(slot, _)| is_it(slot))
+}
+
+/// The last slot of the set that isn't after `wanted`.
+///
+/// Written so that the kernel can see through it at once: whichever way a comparison goes, the next step looks the same to it. A
+/// search that compares its two ends would be explored once for every path.
+#[inline(always)]
+fn search<T: Tables>(tables: &T, range: Range, wanted: (u64, u64, u16)) -> Option<(&Slot, u32)> {
+    let (mut first, mut count) = (range.base, range.count);
     let mut step = 0;
-    while step < MAX_SEARCH && low < high {
+    while step < MAX_SEARCH && count > 1 {
         step += 1;
-        let middle = low + (high - low) / 2;
-        let slot = tables.slot(range.base.wrapping_add(middle))?;
-        if is_it(slot) {
-            return Some((slot, middle));
+        let half = count / 2;
+        if tables.slot(first.wrapping_add(half))?.endpoint().sort_key() <= wanted {
+            first = first.wrapping_add(half);
         }
-        if slot.endpoint().sort_key() < wanted {
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
+        count -= half;
     }
-    None
+    Some((tables.slot(first)?, first.wrapping_sub(range.base)))
 }
 
 #[cfg(test)]

@@ -21,11 +21,11 @@ fn other_addresses_ports_and_protocols_pass() {
     let mut fake = Fake::default();
     fake.serve(tcp("10.96.0.1:443"), 1, &["10.0.0.1:6443"]);
     for key in ["10.96.0.1:80", "10.96.0.2:443"] {
-        assert_eq!(choose(&fake, &tcp(key), POD, None), Verdict::Pass);
+        assert_eq!(choose(&fake, &tcp(key), POD, Hint::NONE), Verdict::Pass);
     }
     let udp = FrontendKey { protocol: 17, ..tcp("10.96.0.1:443") };
-    assert_eq!(choose(&fake, &udp, POD, None), Verdict::Pass);
-    assert_eq!(target(choose(&fake, &tcp("10.96.0.1:443"), POD, None)), Some(endpoint("10.0.0.1:6443")));
+    assert_eq!(choose(&fake, &udp, POD, Hint::NONE), Verdict::Pass);
+    assert_eq!(target(choose(&fake, &tcp("10.96.0.1:443"), POD, Hint::NONE)), Some(endpoint("10.0.0.1:6443")));
 }
 
 #[test]
@@ -36,7 +36,7 @@ fn chance_reaches_every_backend_evenly() {
     let mut hits = [0_u32; 5];
     for step in 0..10_000_u32 {
         fake.random.set(step.wrapping_mul(u32::MAX / 10_000));
-        let chosen = target(choose(&fake, &tcp("10.96.0.1:80"), POD, None)).unwrap();
+        let chosen = target(choose(&fake, &tcp("10.96.0.1:80"), POD, Hint::NONE)).unwrap();
         hits[backends.iter().position(|backend| endpoint(backend) == chosen).unwrap()] += 1;
     }
     assert!(hits.iter().all(|&hit| (1990..=2010).contains(&hit)), "{hits:?}");
@@ -47,14 +47,11 @@ fn chance_reaches_every_backend_evenly() {
 fn without_backends_the_policy_decides() {
     let mut fake = Fake::default();
     let reject = *fake.serve(tcp("10.96.0.1:80"), 4, &[]);
-    fake.frontends.insert(
-        tcp("10.96.0.2:80"),
-        Frontend { flags: frontend_flags::DROP_INTERNAL, ..reject },
-    );
-    assert_eq!(choose(&fake, &tcp("10.96.0.1:80"), POD, None), Verdict::Refuse(4));
-    assert_eq!(choose(&fake, &tcp("10.96.0.2:80"), POD, None), Verdict::Drop(4));
+    fake.frontends.insert(tcp("10.96.0.2:80"), Frontend { flags: frontend_flags::DROP_INTERNAL, ..reject });
+    assert_eq!(choose(&fake, &tcp("10.96.0.1:80"), POD, Hint::NONE), Verdict::Refuse(4));
+    assert_eq!(choose(&fake, &tcp("10.96.0.2:80"), POD, Hint::NONE), Verdict::Drop(4));
     let outside = Client::Packet { source: endpoint("1.2.3.4:0").addr, outside: true };
-    assert_eq!(choose(&fake, &tcp("10.96.0.2:80"), outside, None), Verdict::Refuse(4));
+    assert_eq!(choose(&fake, &tcp("10.96.0.2:80"), outside, Hint::NONE), Verdict::Refuse(4));
 }
 
 #[test]
@@ -64,8 +61,8 @@ fn inside_and_outside_have_their_own_sets() {
     fake.serve(tcp("1.1.1.1:80"), 1, &["10.0.0.9:80"]).external = local;
     let outside = Client::Packet { source: endpoint("9.9.9.9:0").addr, outside: true };
     let inside = Client::Packet { source: endpoint("10.0.0.3:0").addr, outside: false };
-    assert_eq!(target(choose(&fake, &tcp("1.1.1.1:80"), outside, None)), Some(endpoint("10.0.0.2:80")));
-    assert_eq!(target(choose(&fake, &tcp("1.1.1.1:80"), inside, None)), Some(endpoint("10.0.0.9:80")));
+    assert_eq!(target(choose(&fake, &tcp("1.1.1.1:80"), outside, Hint::NONE)), Some(endpoint("10.0.0.2:80")));
+    assert_eq!(target(choose(&fake, &tcp("1.1.1.1:80"), inside, Hint::NONE)), Some(endpoint("10.0.0.9:80")));
 }
 
 #[test]
@@ -85,7 +82,7 @@ fn node_ports_are_reached_by_the_nodes_chosen_addresses() {
         ("127.0.0.1:30080", HOST, true),
         ("127.0.0.1:30080", POD, false),
     ] {
-        assert_eq!(target(choose(&fake, &tcp(dial), client, None)).is_some(), reached, "{dial} {client:?}");
+        assert_eq!(target(choose(&fake, &tcp(dial), client, Hint::NONE)).is_some(), reached, "{dial} {client:?}");
     }
 }
 
@@ -95,22 +92,22 @@ fn affinity_holds_until_its_time_or_its_backend_ends() {
     let key = tcp("10.96.0.1:80");
     fake.serve(key, 1, &["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"]).affinity = 10;
     fake.random.set(u32::MAX);
-    assert_eq!(target(choose(&fake, &key, POD, None)), Some(endpoint("10.0.0.3:80")));
+    assert_eq!(target(choose(&fake, &key, POD, Hint::NONE)), Some(endpoint("10.0.0.3:80")));
     fake.random.set(0);
     fake.now.set(9 * SECOND);
-    assert_eq!(target(choose(&fake, &key, POD, None)), Some(endpoint("10.0.0.3:80")), "sticks");
-    assert_eq!(target(choose(&fake, &key, HOST, None)), Some(endpoint("10.0.0.1:80")), "another client");
+    assert_eq!(target(choose(&fake, &key, POD, Hint::NONE)), Some(endpoint("10.0.0.3:80")), "sticks");
+    assert_eq!(target(choose(&fake, &key, HOST, Hint::NONE)), Some(endpoint("10.0.0.1:80")), "another client");
     fake.now.set(18 * SECOND);
-    assert_eq!(target(choose(&fake, &key, POD, None)), Some(endpoint("10.0.0.3:80")), "each connection renews it");
+    assert_eq!(target(choose(&fake, &key, POD, Hint::NONE)), Some(endpoint("10.0.0.3:80")), "each connection renews it");
     fake.now.set(29 * SECOND);
-    assert_eq!(target(choose(&fake, &key, POD, None)), Some(endpoint("10.0.0.1:80")), "expired");
+    assert_eq!(target(choose(&fake, &key, POD, Hint::NONE)), Some(endpoint("10.0.0.1:80")), "expired");
     // The set moves; the client's backend is still in it, elsewhere.
     let moved = fake.set(1, &["10.0.0.0:80", "10.0.0.1:80", "10.0.0.2:80"]);
     fake.frontends.get_mut(&key).unwrap().internal = moved;
-    assert_eq!(target(choose(&fake, &key, POD, None)), Some(endpoint("10.0.0.1:80")), "found by search");
+    assert_eq!(target(choose(&fake, &key, POD, Hint::NONE)), Some(endpoint("10.0.0.1:80")), "found by search");
     let without = fake.set(1, &["10.0.0.2:80"]);
     fake.frontends.get_mut(&key).unwrap().internal = without;
-    assert_eq!(target(choose(&fake, &key, POD, None)), Some(endpoint("10.0.0.2:80")), "its backend is gone");
+    assert_eq!(target(choose(&fake, &key, POD, Hint::NONE)), Some(endpoint("10.0.0.2:80")), "its backend is gone");
 }
 
 #[test]
@@ -119,7 +116,7 @@ fn a_set_that_was_given_away_is_never_used() {
     let key = tcp("10.96.0.1:80");
     fake.serve(key, 1, &["10.0.0.1:80"]);
     fake.slots[0].service = 2;
-    assert_eq!(choose(&fake, &key, POD, None), Verdict::Refuse(1));
+    assert_eq!(choose(&fake, &key, POD, Hint::NONE), Verdict::Refuse(1));
 }
 
 #[test]

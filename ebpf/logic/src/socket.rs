@@ -29,7 +29,7 @@ pub const fn protocol(socket: u32) -> Option<u8> {
 /// A connect: to whom, and what to note on the socket.
 #[inline(always)]
 pub fn connect<T: Tables>(tables: &T, dest: Endpoint, protocol: u8, client: Client) -> Verdict {
-    choose(tables, &FrontendKey::new(dest.addr, dest.port, protocol), client, None)
+    choose(tables, &FrontendKey::new(dest.addr, dest.port, protocol), client, Hint::NONE)
 }
 
 /// Notes on the socket where it is led. Field by field, into the storage itself.
@@ -50,11 +50,9 @@ pub fn note(peer: &mut Peer, dest: Endpoint, protocol: u8, choice: &Choice, now:
 #[inline(always)]
 pub fn send<T: Tables, S: Socket>(tables: &T, socket: &S, dest: Endpoint, protocol: u8, client: Client, noted: Option<&Peer>) -> Verdict {
     let hint = match noted {
-        Some(peer) if peer.frontend == dest => {
-            fresh(tables.now(), peer.seen).then_some(Hint { backend: peer.backend, base: peer.base, index: peer.index })
-        }
-        Some(_) => remembered(tables, socket, dest),
-        None => None,
+        Some(peer) if peer.frontend != dest => remembered(tables, socket, dest),
+        Some(peer) if fresh(tables.now(), peer.seen) => Hint { backend: peer.backend, base: peer.base, index: peer.index },
+        _ => Hint::NONE,
     };
     choose(tables, &FrontendKey::new(dest.addr, dest.port, protocol), client, hint)
 }
@@ -66,11 +64,13 @@ fn fresh(now: u64, seen: u64) -> bool {
 
 /// The backend that this socket last used for `dest`, when it has talked to another Service since.
 #[inline(always)]
-fn remembered<T: Tables, S: Socket>(tables: &T, socket: &S, dest: Endpoint) -> Option<Hint> {
+fn remembered<T: Tables, S: Socket>(tables: &T, socket: &S, dest: Endpoint) -> Hint {
     let key = DatagramKey { cookie: socket.cookie(), endpoint: dest, direction: datagram_direction::FORWARD };
-    let datagram = socket.datagram(&key)?;
-    // The place isn't kept: a base that no set has sends the lookup straight to the search.
-    fresh(tables.now(), datagram.seen).then_some(Hint { backend: datagram.endpoint, base: u32::MAX, index: 0 })
+    match socket.datagram(&key) {
+        // The place isn't kept: a base that no set has sends the lookup straight to the search.
+        Some(datagram) if fresh(tables.now(), datagram.seen) => Hint { backend: datagram.endpoint, base: u32::MAX, index: 0 },
+        _ => Hint::NONE,
+    }
 }
 
 /// Keeps both directions for the socket that changes between Services; `noted` is what the note of this send will replace.
@@ -89,6 +89,13 @@ pub fn note_datagram<S: Socket>(socket: &S, noted: Option<&Peer>, dest: Endpoint
     key.direction = datagram_direction::REVERSE;
     value.endpoint = dest;
     socket.set_datagram(&key, &value);
+}
+
+/// Keeps the way back for a UDP socket that is connected: by it the agent finds the socket when the backend goes.
+#[inline(always)]
+pub fn note_connected<S: Socket>(socket: &S, dest: Endpoint, backend: Endpoint, now: u64) {
+    let key = DatagramKey { cookie: socket.cookie(), endpoint: backend, direction: datagram_direction::REVERSE };
+    socket.set_datagram(&key, &Datagram { seen: now, endpoint: dest, zero: 0 });
 }
 
 /// Whom the program shall see as the sender of a datagram, when not `source`. Only a socket that was ever led to a backend

@@ -1,11 +1,13 @@
 //! Hooks of the cgroup: sockets are led to backends when they connect or send, and see the frontend's name afterwards.
 
 use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr};
-use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval, bpf_sk_storage_delete, bpf_sk_storage_get};
+use aya_ebpf::helpers::generated::{
+    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval, bpf_sk_storage_delete, bpf_sk_storage_get,
+};
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use core::ptr::{addr_of, addr_of_mut, from_ref, null_mut};
-use outrigger_abi::{Addr, Datagram, DatagramKey, Endpoint, Peer, Port};
+use outrigger_abi::{Addr, Datagram, DatagramKey, Endpoint, Peer, Port, UDP};
 use outrigger_logic::service::{Client, Tables, Verdict};
 use outrigger_logic::socket::{self, Socket};
 
@@ -70,6 +72,9 @@ fn connect(hook: &Hook) -> i32 {
         Verdict::To(choice) => {
             if let Some(peer) = hook.note() {
                 socket::note(peer, dest, protocol, &choice, Kernel.now());
+            }
+            if protocol == UDP {
+                socket::note_connected(hook, dest, choice.backend, Kernel.now());
             }
             hook.set_endpoint(choice.backend);
             count(choice.service, |counters| counters.connections += 1);
@@ -246,4 +251,3 @@ impl Socket for Hook {
         let _ = DATAGRAMS.insert(key, value, 0);
     }
 }
-

@@ -1,0 +1,208 @@
+//! Pins and links: what holds the programs in their places while no agent runs.
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MsFlags, mount};
+use nix::sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
+
+use super::load::Programs;
+use super::sys;
+use crate::backend::{BackendError, Result};
+
+/// The hooks of the cgroup: program, and `enum bpf_attach_type`.
+const HOOKS: [(&str, u32); 8] = [
+    // Replies are translated back before requests are led anywhere.
+    ("recvmsg4", 19),
+    ("recvmsg6", 20),
+    ("getpeername4", 29),
+    ("getpeername6", 30),
+    ("connect4", 10),
+    ("connect6", 11),
+    ("sendmsg4", 14),
+    ("sendmsg6", 15),
+];
+
+/// A node's folder in the bpf file system.
+#[derive(Clone, Debug)]
+pub struct Pins {
+    root: PathBuf,
+}
+
+impl Pins {
+    /// Mounts the bpf file system where it is missing, and makes the folders.
+    pub fn open(root: &Path) -> Result<Self> {
+        Self::mount(root)?;
+        // Another layout's maps aren't touched until this one has taken over.
+        let pins = Self::at(root);
+        for folder in [pins.links(), pins.shared()] {
+            fs::create_dir_all(&folder).map_err(|error| BackendError::kernel(format!("create {}", folder.display()), error))?;
+        }
+        pins.settle()?;
+        Ok(pins)
+    }
+
+    /// Names the places without looking at them.
+    pub fn at(root: &Path) -> Self {
+        Self { root: root.to_path_buf() }
+    }
+
+    /// Mounts the bpf file system that `root` is to be in, where that is missing.
+    pub fn mount(root: &Path) -> Result<()> {
+        mount_bpf_fs(root)
+    }
+
+    fn version(&self) -> PathBuf {
+        self.root.join(format!("v{}", outrigger_abi::VERSION))
+    }
+
+    pub fn links(&self) -> PathBuf {
+        self.root.join("links")
+    }
+
+    pub fn shared(&self) -> PathBuf {
+        self.version().join("shared")
+    }
+
+    pub fn tables(&self) -> PathBuf {
+        self.version().join("tables")
+    }
+
+    /// Larger maps in the making.
+    pub fn next_tables(&self) -> PathBuf {
+        self.version().join("tables_next")
+    }
+
+    /// Ends a change of size that was cut short: whatever maps are named `tables` are whole.
+    fn settle(&self) -> Result<()> {
+        if self.tables().join("frontends").exists() {
+            remove_folder(&self.next_tables())
+        } else if self.next_tables().join("frontends").exists() {
+            self.adopt_next_tables()
+        } else {
+            create_folder(&self.tables())
+        }
+    }
+
+    pub fn begin_next_tables(&self) -> Result<PathBuf> {
+        remove_folder(&self.next_tables())?;
+        create_folder(&self.next_tables())?;
+        Ok(self.next_tables())
+    }
+
+    /// The programs in place use the new maps: the old ones go.
+    pub fn adopt_next_tables(&self) -> Result<()> {
+        remove_folder(&self.tables())?;
+        fs::rename(self.next_tables(), self.tables()).map_err(|error| BackendError::kernel("rename the new tables' folder", error))
+    }
+
+    /// What agents of another layout left.
+    pub fn remove_other_versions(&self) -> Result<()> {
+        let keep = [self.version(), self.links()];
+        for path in children(&self.root)? {
+            if !keep.contains(&path) {
+                remove_folder(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Detaches everything and forgets every map.
+    pub fn remove(&self) -> Result<()> {
+        for path in children(&self.links())? {
+            let detached = sys::get_pinned(&path).and_then(|link| sys::link_detach(link.as_fd()));
+            detached.map_err(|error| BackendError::kernel(format!("detach {}", path.display()), error))?;
+        }
+        remove_folder(&self.root)
+    }
+}
+
+fn create_folder(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).map_err(|error| BackendError::kernel(format!("create {}", folder.display()), error))
+}
+
+fn children(folder: &Path) -> Result<Vec<PathBuf>> {
+    let what = |error| BackendError::kernel(format!("list {}", folder.display()), error);
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(what)?,
+    };
+    entries.map(|entry| entry.map(|entry| entry.path()).map_err(what)).collect()
+}
+
+/// Unpins what is in there; the file system has no recursive removal of its own.
+fn remove_folder(folder: &Path) -> Result<()> {
+    for path in children(folder)? {
+        if path.is_dir() {
+            remove_folder(&path)?;
+        } else {
+            fs::remove_file(&path).map_err(|error| BackendError::kernel(format!("unpin {}", path.display()), error))?;
+        }
+    }
+    match fs::remove_dir(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(BackendError::kernel(format!("remove {}", folder.display()), error)),
+        _ => Ok(()),
+    }
+}
+
+fn mount_bpf_fs(below: &Path) -> Result<()> {
+    let is_bpf = |path: &Path| statfs(path).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC);
+    if below.ancestors().any(is_bpf) {
+        return Ok(());
+    }
+    let target = Path::new("/sys/fs/bpf");
+    if !below.starts_with(target) {
+        return Err(BackendError::failed("prepare the folder for pinned maps", format!("{} is in no bpf file system", below.display())));
+    }
+    mount(Some("bpffs"), target, Some("bpf"), MsFlags::empty(), None::<&str>)
+        .map_err(|error| BackendError::kernel("mount the bpf file system on /sys/fs/bpf", error.into()))
+}
+
+/// Opens the node's cgroup2 folder.
+pub fn open_cgroup(path: &Path) -> Result<File> {
+    let what = || format!("open the node's cgroup2 folder {}", path.display());
+    let found = statfs(path).map_err(|error| BackendError::kernel(what(), error.into()))?;
+    if found.filesystem_type() != CGROUP2_SUPER_MAGIC {
+        return Err(BackendError::failed(what(), "it is in no cgroup2 file system"));
+    }
+    File::open(path).map_err(|error| BackendError::kernel(what(), error))
+}
+
+/// Puts the programs in their places, each in the former one's stead by one atomic step.
+pub fn attach_cgroup(programs: &Programs, cgroup: &File, pins: &Pins) -> Result<()> {
+    let id = cgroup.metadata().map_err(|error| BackendError::kernel("read the cgroup's id", error))?.ino();
+    for (hook, attach_type) in HOOKS {
+        let program = programs.program(&format!("outrigger_{hook}"))?;
+        let pin = pins.links().join(hook);
+        attach(program, cgroup.as_raw_fd() as u32, attach_type, &pin, |info| info.target == id)
+            .map_err(|error| BackendError::kernel(format!("attach the eBPF program {hook} to the node's cgroup"), error))?;
+    }
+    Ok(())
+}
+
+fn attach(
+    program: BorrowedFd<'_>,
+    target: u32,
+    attach_type: u32,
+    pin: &Path,
+    is_target: impl Fn(&sys::LinkInfo) -> bool,
+) -> io::Result<()> {
+    match sys::get_pinned(pin) {
+        Ok(link) if is_target(&sys::link_info(link.as_fd())?) => match sys::link_update(link.as_fd(), program) {
+            // The cgroup or interface that it hung on is gone, and a new one has its name.
+            Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}
+            result => return result,
+        },
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    let link = sys::link_create(program, target, attach_type)?;
+    match fs::remove_file(pin) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    sys::pin(link.as_fd(), pin)
+}

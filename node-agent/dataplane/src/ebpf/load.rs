@@ -1,0 +1,123 @@
+//! The object that `cargo xtask build-ebpf` made, loaded with maps of the needed sizes or with pinned ones.
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+
+use aya::{Ebpf, EbpfLoader};
+
+use crate::backend::{BackendError, Result};
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OUTRIGGER_BPF_OBJECT"));
+
+/// Why nothing can be loaded, when the build had no object.
+pub const NOT_BUILT: &str = "built without its eBPF programs: run `cargo xtask build-ebpf` and build again";
+
+/// How many elements the maps of the table have room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    pub frontends: u32,
+    pub slots: u32,
+    pub services: u32,
+}
+
+impl Sizes {
+    pub const INITIAL: Self = Self { frontends: 1 << 12, slots: 1 << 13, services: 1 << 11 };
+
+    pub fn hold(&self, needed: &Self) -> bool {
+        self.frontends >= needed.frontends && self.slots >= needed.slots && self.services >= needed.services
+    }
+
+    /// Room for `needed` and a quarter more, never less than before.
+    pub fn grown(&self, needed: &Self) -> Self {
+        let grow = |have: u32, need: u32| if have >= need { have } else { need.saturating_add(need / 4).next_power_of_two() };
+        Self {
+            frontends: grow(self.frontends, needed.frontends),
+            slots: grow(self.slots, needed.slots),
+            services: grow(self.services, needed.services),
+        }
+    }
+}
+
+const TABLE_MAPS: [&str; 3] = ["frontends", "slots", "counters"];
+/// Maps that outlive a change of size, with how many elements they hold.
+const SHARED_MAPS: [(&str, u32); 4] = [("node_addresses", 4096), ("affinity", 1 << 15), ("datagrams", 1 << 15), ("peers", 0)];
+
+pub fn is_built() -> bool {
+    !OBJECT.is_empty()
+}
+
+/// Programs in the kernel, attached to nothing yet. Dropping them leaves what was attached and pinned.
+pub struct Programs {
+    ebpf: Ebpf,
+}
+
+impl Programs {
+    /// Loads the programs around the maps pinned in `tables` and `shared`; maps that aren't there yet are made and pinned.
+    pub fn load(tables: &Path, shared: &Path, sizes: &Sizes, host_namespace: u64) -> Result<Self> {
+        let mut loader = EbpfLoader::new();
+        let sizes = [sizes.frontends, sizes.slots, sizes.services];
+        for (name, size) in TABLE_MAPS.into_iter().zip(sizes) {
+            loader.map_max_entries(name, size).map_pin_path(name, tables.join(name));
+        }
+        for (name, size) in SHARED_MAPS {
+            loader.map_pin_path(name, shared.join(name));
+            if size != 0 {
+                loader.map_max_entries(name, size);
+            }
+        }
+        Self::load_with(&mut loader, &host_namespace)
+    }
+
+    /// Loads everything unpinned and minimal, to learn whether this kernel takes it.
+    pub fn try_load() -> Result<Self> {
+        let mut loader = EbpfLoader::new();
+        for (name, _) in SHARED_MAPS.into_iter().filter(|(_, size)| *size != 0) {
+            loader.map_max_entries(name, 64);
+        }
+        TABLE_MAPS.into_iter().for_each(|name| _ = loader.map_max_entries(name, 64));
+        Self::load_with(&mut loader, &0)
+    }
+
+    fn load_with<'a>(loader: &mut EbpfLoader<'a>, host_namespace: &'a u64) -> Result<Self> {
+        if !is_built() {
+            return Err(BackendError::failed("load the eBPF programs", NOT_BUILT));
+        }
+        let failed = |what: String, error: &dyn std::error::Error| BackendError::failed(what, chain(error));
+        let mut ebpf = loader
+            .override_global("HOST_NAMESPACE", host_namespace, true)
+            .load(OBJECT)
+            .map_err(|error| failed("load the eBPF object".into(), &error))?;
+        for (name, program) in ebpf.programs_mut() {
+            let loaded = match program {
+                aya::programs::Program::CgroupSockAddr(program) => program.load(),
+                aya::programs::Program::SchedClassifier(program) => program.load(),
+                _ => continue,
+            };
+            loaded.map_err(|error| failed(format!("load the eBPF program {name}"), &error))?;
+        }
+        Ok(Self { ebpf })
+    }
+
+    pub fn program(&self, name: &str) -> Result<BorrowedFd<'_>> {
+        let missing = || BackendError::failed("find an eBPF program", format!("the object has no {name}"));
+        let program = self.ebpf.program(name).ok_or_else(missing)?;
+        let fd = match program {
+            aya::programs::Program::CgroupSockAddr(program) => program.fd(),
+            aya::programs::Program::SchedClassifier(program) => program.fd(),
+            _ => return Err(missing()),
+        };
+        fd.map(|fd| fd.as_fd()).map_err(|error| BackendError::failed(format!("find the eBPF program {name}"), chain(&error)))
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text = format!("{text}: {next}");
+        }
+        source = error.source();
+    }
+    text
+}

@@ -1,0 +1,234 @@
+//! Steps in, map writes out: golden texts, and the layout's promises under long random change.
+use std::net::IpAddr;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Service as ServiceObject;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use outrigger_desired::{Change, State, Touched, Watched};
+use serde_json::{Value, json};
+
+use super::*;
+
+/// A node that hears of Services, and the maps that follow.
+struct Node {
+    state: State,
+    table: Table,
+    layout: Layout,
+    /// The maps as the batches leave them.
+    frontends: HashMap<abi::FrontendKey, abi::Frontend>,
+    slots: HashMap<u32, abi::Slot>,
+}
+
+impl Node {
+    fn new() -> Self {
+        Self {
+            state: State::new("node"),
+            table: Table::default(),
+            layout: Layout::default(),
+            frontends: HashMap::new(),
+            slots: HashMap::new(),
+        }
+    }
+
+    fn hear(&mut self, change: &Change) -> Batch {
+        let mut touched = Touched::default();
+        touched.merge(self.state.apply(change));
+        let delta = self.table.update(&self.state, &touched);
+        let batch = self.layout.apply(&self.table, &delta);
+        self.write(&batch);
+        batch
+    }
+
+    /// What the kernel does with a batch; on the way, no frontend may lead into a slot that isn't its own.
+    fn write(&mut self, batch: &Batch) {
+        self.slots.extend(batch.slots.iter().copied());
+        self.check();
+        for (key, value) in &batch.puts {
+            self.frontends.insert(*key, *value);
+            self.check();
+        }
+        for key in &batch.deletes {
+            assert!(self.frontends.remove(key).is_some(), "deletes what is there");
+        }
+    }
+
+    fn check(&self) {
+        for value in self.frontends.values() {
+            for range in [value.internal, value.external] {
+                let backends: Vec<_> = (range.base..range.base + range.count).map(|index| self.slots[&index]).collect();
+                assert!(backends.iter().all(|slot| slot.service == value.service));
+                assert!(backends.iter().map(|slot| slot.endpoint().sort_key()).is_sorted());
+            }
+        }
+    }
+
+    fn adopted(&self) -> Layout {
+        Layout::adopt(self.frontends.iter().map(|(key, value)| (*key, *value)).collect(), |index| self.slots.get(&index).copied())
+    }
+}
+
+fn service(name: &str, ip: &str, spec: Value) -> Change {
+    let mut base = json!({"clusterIP": ip, "clusterIPs": [ip], "ports": [{"port": 80, "protocol": "TCP"}]});
+    spec.as_object().into_iter().flatten().for_each(|(key, value)| base[key] = value.clone());
+    let object = json!({"metadata": {"name": name, "namespace": "ns"}, "spec": base});
+    Change::Service(Watched::Applied(Arc::new(serde_json::from_value::<ServiceObject>(object).unwrap())))
+}
+
+fn gone(name: &str) -> Change {
+    let object = json!({"metadata": {"name": name, "namespace": "ns"}});
+    Change::Service(Watched::Deleted(Arc::new(serde_json::from_value::<ServiceObject>(object).unwrap())))
+}
+
+/// Endpoints on this node (`local`) and elsewhere.
+fn slice(name: &str, local: &[&str], remote: &[&str]) -> Change {
+    let on = |node: &str, ip: &&str| json!({"addresses": [ip], "nodeName": node, "conditions": {"ready": true}});
+    let endpoints: Vec<_> = local.iter().map(|ip| on("node", ip)).chain(remote.iter().map(|ip| on("other", ip))).collect();
+    let object = json!({
+        "metadata": {"name": name, "namespace": "ns", "labels": {"kubernetes.io/service-name": name}},
+        "addressType": "IPv4", "endpoints": endpoints, "ports": [{"port": 8080, "protocol": "TCP"}],
+    });
+    Change::EndpointSlice(Watched::Applied(Arc::new(serde_json::from_value::<EndpointSlice>(object).unwrap())))
+}
+
+#[test]
+fn one_services_life() {
+    let mut node = Node::new();
+    let steps = [
+        service("web", "10.96.0.1", json!({})),
+        slice("web", &["10.0.0.2"], &["10.0.1.1"]),
+        slice("web", &["10.0.0.2"], &["10.0.1.1", "10.0.1.2"]),
+        slice("web", &["10.0.0.2"], &["10.0.1.2"]),
+        gone("web"),
+    ];
+    let texts: Vec<_> = steps.iter().map(|step| node.hear(step).to_string()).collect();
+    let expected = [
+        "service 1\nput 10.96.0.1:80/6 = 1 [0+0] flags 0x40\n",
+        "slot 1 = 1 10.0.0.2:8080*\nslot 2 = 1 10.0.1.1:8080\nput 10.96.0.1:80/6 = 1 [1+2] flags 0x40\n",
+        "slot 3 = 1 10.0.0.2:8080*\nslot 4 = 1 10.0.1.1:8080\nslot 5 = 1 10.0.1.2:8080\nput 10.96.0.1:80/6 = 1 [3+3] flags 0x40\n",
+        "slot 1 = 1 10.0.0.2:8080*\nslot 2 = 1 10.0.1.2:8080\nput 10.96.0.1:80/6 = 1 [1+2] flags 0x40\n",
+        "delete 10.96.0.1:80/6\n",
+    ];
+    assert_eq!(texts, expected);
+}
+
+#[test]
+fn frontends_of_one_port_share_their_backends() {
+    let mut node = Node::new();
+    node.hear(&slice("web", &["10.0.0.2"], &["10.0.1.1"]));
+    let spec = json!({"type": "NodePort", "ports": [{"port": 80, "protocol": "TCP", "nodePort": 30080}], "externalIPs": ["1.1.1.1"],
+        "sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 60}}});
+    let batch = node.hear(&service("web", "10.96.0.1", spec));
+    assert_eq!((batch.slots.len(), batch.puts.len(), batch.fresh_services.len()), (2, 3, 1));
+    assert!(batch.puts.iter().all(|(_, value)| value.internal == abi::Range { base: 1, count: 2 } && value.affinity == 60));
+    assert!(batch.to_string().contains("put 0.0.0.0:30080/6 = 1 [1+2] affinity 60s"));
+}
+
+#[test]
+fn policy_local_keeps_clients_outside_on_this_node() {
+    let mut node = Node::new();
+    node.hear(&slice("web", &["10.0.0.2"], &["10.0.1.1"]));
+    let spec = json!({"type": "NodePort", "externalTrafficPolicy": "Local", "ports": [{"port": 80, "protocol": "TCP", "nodePort": 30080}]});
+    node.hear(&service("web", "10.96.0.1", spec));
+    let value = node.frontends[&abi::FrontendKey::new(abi::Addr::NODE_V4, abi::Port::new(30080), abi::TCP)];
+    assert_eq!((value.internal.count, value.external.count), (2, 1));
+    assert_eq!(value.flags & abi::frontend_flags::MASQUERADE_NEVER, abi::frontend_flags::MASQUERADE_NEVER);
+}
+
+#[test]
+fn a_new_agent_changes_nothing_that_is_right_and_removes_what_is_stale() {
+    let mut node = Node::new();
+    for step in [
+        slice("web", &["10.0.0.2"], &["10.0.1.1"]),
+        service("web", "10.96.0.1", json!({})),
+        slice("old", &[], &["10.0.1.7"]),
+        service("old", "10.96.0.2", json!({})),
+    ] {
+        node.hear(&step);
+    }
+    node.layout = node.adopted();
+    assert_eq!(node.layout.apply(&node.table, &Delta::full(&node.table)), Batch::default());
+    node.state.apply(&gone("old"));
+    let table = Table::build(&node.state);
+    let batch = node.layout.apply(&table, &Delta::full(&table));
+    assert_eq!(batch.to_string(), "delete 10.96.0.2:80/6\n");
+}
+
+#[test]
+fn adopted_frontends_with_foreign_slots_are_written_anew() {
+    let mut node = Node::new();
+    node.hear(&slice("web", &[], &["10.0.1.1"]));
+    node.hear(&service("web", "10.96.0.1", json!({})));
+    node.slots.get_mut(&1).unwrap().service = 9;
+    node.layout = node.adopted();
+    let batch = node.layout.apply(&node.table, &Delta::full(&node.table));
+    assert_eq!(batch.to_string(), "slot 2 = 1 10.0.1.1:8080\nput 10.96.0.1:80/6 = 1 [2+1] flags 0x40\n");
+}
+
+#[test]
+fn long_change_leaks_no_space_and_no_index() {
+    let mut node = Node::new();
+    let mut seed = 1_u64;
+    let mut random = move |below: u64| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) % below
+    };
+    for step in 0..5000 {
+        let name = format!("s{}", random(20));
+        let ips: Vec<_> = (0..random(9)).map(|n| format!("10.0.{}.{n}", random(4))).collect();
+        match random(8) {
+            0 => node.hear(&gone(&name)),
+            1 => node.hear(&service(&name, &format!("10.96.1.{}", random(20)), json!({}))),
+            _ => node.hear(&slice(&name, &[], &ips.iter().map(String::as_str).collect::<Vec<_>>())),
+        };
+        if step % 500 == 499 {
+            node.layout = node.adopted();
+            let batch = node.layout.apply(&node.table, &Delta::full(&node.table));
+            assert_eq!(batch, Batch::default(), "the kernel holds what is wanted");
+        }
+    }
+    let needed = node.layout.needed();
+    assert!(needed.slots < 600 && needed.services <= 22, "{needed:?}");
+}
+
+#[test]
+fn pieces_waste_little_and_gaps_are_found() {
+    let pieces: Vec<_> = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 17, 100, 129].into_iter().map(Space::piece).collect();
+    assert_eq!(pieces, [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 16, 24, 128, 192]);
+    let mut space = Space::around(vec![abi::Range { base: 10, count: 2 }, abi::Range { base: 20, count: 5 }]);
+    assert_eq!(space.top, 26);
+    let mut taken = Vec::new();
+    while let Some(base) = [8, 6, 4, 3, 2, 1].into_iter().find_map(|size| space.reuse(size)) {
+        taken.push(base);
+    }
+    taken.sort();
+    assert_eq!(taken, [1, 9, 12]);
+}
+
+#[test]
+fn times_beyond_the_maps_are_capped() {
+    let entry = |seconds| Entry {
+        service: Node::named(),
+        kind: Kind::ClusterIp,
+        backends: Arc::from([Endpoint { ip: IpAddr::from([10, 0, 0, 1]), port: 1, local: false }]),
+        short_circuit: None,
+        retained: Arc::from([]),
+        affinity: Some(Duration::from_secs(seconds)),
+        masquerade: Masquerade::OffCluster,
+        source_ranges: Arc::from([]),
+        no_endpoints: NoEndpoints::Reject,
+    };
+    let frontend = Frontend { address: Address::Ip(IpAddr::from([10, 96, 0, 1])), port: 80, protocol: Protocol::Tcp };
+    let mut layout = Layout::default();
+    let mut batch = Batch::default();
+    layout.put(&frontend, &entry(u64::MAX), &mut batch);
+    assert_eq!(batch.puts[0].1.affinity, u32::MAX);
+}
+
+impl Node {
+    fn named() -> ServicePortName {
+        let mut node = Self::new();
+        node.hear(&service("any", "10.96.0.9", json!({})));
+        let (_, entry) = node.table.iter().next().unwrap();
+        entry.service.clone()
+    }
+}

@@ -1,0 +1,164 @@
+//! A node made for one test: a cgroup of its own that this process moves into, a network namespace on a thread of its own, pins of
+//! its own. Nothing else of the machine is touched, and nothing stays.
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use nix::sched::{CloneFlags, unshare};
+use outrigger_dataplane::{Applied, Backend, Config, ModeChoice, Parting};
+use outrigger_desired::{Change, Delta, State, Table, Touched, Watched};
+use serde_json::{Value, json};
+
+/// The process is in one cgroup at a time.
+static TURN: Mutex<()> = Mutex::new(());
+static COUNT: AtomicUsize = AtomicUsize::new(0);
+
+pub struct Lab {
+    cgroup: PathBuf,
+    former: PathBuf,
+    pub config: Config,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Lab {
+    /// Runs `test` on a thread in a fresh namespace whose loopback has `addresses`.
+    pub fn run(addresses: &[&str], test: impl FnOnce(&Lab) + Send) {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let lab = Self::new(turn);
+        std::thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace of the test's own (root needed)");
+                ip("link set lo up");
+                addresses
+                    .iter()
+                    .for_each(|address| ip(&format!("addr add {address} dev lo{}", if address.contains(':') { " nodad" } else { "" })));
+                test(&lab);
+            });
+            inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        });
+    }
+
+    fn new(turn: MutexGuard<'static, ()>) -> Self {
+        let mount = cgroup2_mount();
+        let name = format!("test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let cgroup = mount.join("outrigger").join(&name);
+        fs::create_dir_all(&cgroup).expect("a cgroup of the test's own (root needed)");
+        let former = fs::read_to_string("/proc/self/cgroup").unwrap();
+        let former = former.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+        let former = mount.join(former);
+        fs::write(cgroup.join("cgroup.procs"), std::process::id().to_string()).unwrap();
+        let config = Config {
+            mode: ModeChoice::Auto,
+            node_name: "node".into(),
+            node_ips: vec!["10.1.0.1".parse().unwrap()],
+            nodeport_addresses: Vec::new(),
+            cluster_cidrs: vec!["10.0.0.0/16".parse().unwrap()],
+            cgroup2_path: cgroup.clone(),
+            pin_dir: Path::new("/sys/fs/bpf/outrigger").join(&name),
+            instance: name,
+        };
+        Self { cgroup, former, config, _turn: turn }
+    }
+
+    /// An agent that has just started.
+    pub fn agent(&self) -> Agent {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let mut backend = outrigger_dataplane::ebpf::open(&self.config).unwrap_or_else(|error| panic!("{error}"));
+        let found = runtime.block_on(backend.restore()).unwrap().frontends;
+        Agent { runtime, backend, found, state: State::new("node"), table: Table::default(), full: true }
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        // Unpinning detaches; the rest is folders.
+        for _ in 0..2 {
+            remove(&self.config.pin_dir);
+        }
+        let _ = fs::write(self.former.join("cgroup.procs"), std::process::id().to_string());
+        let _ = fs::remove_dir(&self.cgroup);
+    }
+}
+
+fn remove(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.path().is_dir() { remove(&entry.path()) } else { _ = fs::remove_file(entry.path()) }
+    }
+    let _ = fs::remove_dir(folder);
+}
+
+fn cgroup2_mount() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let mount = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>()).find(|fields| fields[2] == "cgroup2");
+    PathBuf::from(mount.expect("a cgroup2 mount")[1])
+}
+
+pub fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split(' ')).status().expect("iproute2");
+    assert!(status.success(), "ip {arguments}");
+}
+
+pub struct Agent {
+    runtime: tokio::runtime::Runtime,
+    backend: Box<dyn Backend>,
+    /// Frontends that a former agent left.
+    pub found: usize,
+    state: State,
+    table: Table,
+    full: bool,
+}
+
+impl Agent {
+    /// The agent learns of `objects` in one go.
+    pub fn apply(&mut self, objects: &[Value]) -> Applied {
+        let mut touched = Touched::default();
+        for object in objects {
+            let change = match object["kind"].as_str().unwrap() {
+                "Service" => Change::Service(watched(object)),
+                "EndpointSlice" => Change::EndpointSlice(watched(object)),
+                kind => panic!("{kind}"),
+            };
+            touched.merge(self.state.apply(&change));
+        }
+        let mut delta = self.table.update(&self.state, &touched);
+        if std::mem::take(&mut self.full) {
+            delta = Delta { gone: delta.gone, ..Delta::full(&self.table) };
+        }
+        self.runtime.block_on(self.backend.apply(&self.table, &delta)).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    pub fn part(&mut self, parting: Parting) {
+        self.runtime.block_on(self.backend.teardown(parting)).unwrap();
+    }
+}
+
+fn watched<K: serde::de::DeserializeOwned>(object: &Value) -> Watched<K> {
+    Watched::Applied(std::sync::Arc::new(serde_json::from_value(object.clone()).unwrap()))
+}
+
+/// A Service with one port for each protocol in `port` (`80/TCP`) and with what `spec` adds or replaces.
+pub fn service(name: &str, ip: &str, port: &str, spec: Value) -> Value {
+    let (port, protocol) = port.split_once('/').unwrap();
+    let mut base = json!({
+        "clusterIP": ip, "clusterIPs": [ip], "type": "ClusterIP",
+        "ports": [{"port": port.parse::<u16>().unwrap(), "protocol": protocol, "nodePort": spec.get("nodePort")}],
+    });
+    for (key, value) in spec.as_object().into_iter().flatten().filter(|(key, _)| *key != "nodePort") {
+        base[key] = value.clone();
+    }
+    json!({"kind": "Service", "apiVersion": "v1", "metadata": {"name": name, "namespace": "default"}, "spec": base})
+}
+
+/// A Service's endpoints, `ip` each, all on `port`.
+pub fn slice(name: &str, port: &str, ips: &[&str]) -> Value {
+    let (port, protocol) = port.split_once('/').unwrap();
+    let family = if ips.iter().any(|ip| ip.contains(':')) { "IPv6" } else { "IPv4" };
+    let endpoints: Vec<_> = ips.iter().map(|ip| json!({"addresses": [ip], "conditions": {"ready": true}})).collect();
+    json!({
+        "kind": "EndpointSlice", "apiVersion": "discovery.k8s.io/v1", "addressType": family, "endpoints": endpoints,
+        "metadata": {"name": format!("{name}-{family}").to_lowercase(), "namespace": "default", "labels": {"kubernetes.io/service-name": name}},
+        "ports": [{"port": port.parse::<u16>().unwrap(), "protocol": protocol}],
+    })
+}
