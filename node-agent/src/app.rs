@@ -4,9 +4,11 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use kube::Client;
 use kube::config::{KubeConfigOptions, Kubeconfig};
+use outrigger_cluster::Lookup;
 use outrigger_cluster::status::Writer;
 use outrigger_cluster::watch::Watch;
 use outrigger_dataplane::ProxyHandle;
+use outrigger_kubelet::Kubelet;
 use outrigger_network::Network;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
@@ -26,6 +28,7 @@ pub async fn run(options: Run) -> Result<()> {
     let _network = Network::start(network(&options), &watch);
     let proxy = services::start(&options, &watch).await?;
     tokio::spawn(tell_mode(proxy.clone(), writer.clone()));
+    let _kubelet = Kubelet::start(kubelet(&options), watch.clone(), writer, Lookup::new(client)).await.context("start the kubelet")?;
 
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
@@ -55,6 +58,21 @@ fn network(options: &Run) -> outrigger_network::Config {
         cluster_dns: options.cluster_dns.clone(),
         cluster_domain: options.cluster_domain.clone(),
         resolv_conf: options.resolv_conf.clone(),
+    }
+}
+
+fn kubelet(options: &Run) -> outrigger_kubelet::Config {
+    let first = options.node_ip[0];
+    outrigger_kubelet::Config {
+        node_ips: options.node_ip.clone(),
+        cgroup_root: options.cgroup_root.clone(),
+        cluster_dns: options.cluster_dns.clone(),
+        cluster_domain: options.cluster_domain.clone(),
+        resolv_conf: options.resolv_conf.clone(),
+        static_pod_path: options.pod_manifest_path.clone(),
+        port: options.port,
+        max_pods: options.max_pods,
+        ..outrigger_kubelet::Config::new(&options.node_name, first, &options.data_dir, &options.container_runtime_endpoint)
     }
 }
 
