@@ -1,10 +1,12 @@
 //! Start and stop of the agent's parts.
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use kube::Client;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use outrigger_cluster::Lookup;
+use outrigger_cluster::access::Reviews;
 use outrigger_cluster::status::Writer;
 use outrigger_cluster::watch::Watch;
 use outrigger_dataplane::ProxyHandle;
@@ -22,13 +24,18 @@ const REASON_ANNOTATION: &str = "outrigger.dev/proxy-mode-reason";
 
 pub async fn run(options: Run) -> Result<()> {
     std::fs::create_dir_all(&options.data_dir).with_context(|| format!("create {}", options.data_dir.display()))?;
-    let client = client(&options).await?;
+    let config = api_config(&options).await?;
+    let client_cas = config.root_cert.clone().unwrap_or_default();
+    let client = Client::try_from(config).context("make the API client")?;
     let (watch, _tasks) = Watch::start(&client, &options.node_name);
     let writer = Writer::new(client.clone(), &options.node_name);
-    let _network = Network::start(network(&options), &watch);
+    let network = Network::start(network(&options), &watch);
     let proxy = services::start(&options, &watch).await?;
     tokio::spawn(tell_mode(proxy.clone(), writer.clone()));
-    let _kubelet = Kubelet::start(kubelet(&options), watch.clone(), writer, Lookup::new(client)).await.context("start the kubelet")?;
+    let lookup = Lookup::new(client.clone());
+    let kubelet = Kubelet::start(kubelet(&options), watch.clone(), writer, lookup).await.context("start the kubelet")?;
+    let _api = outrigger_kubelet::server::start(server(&options, client_cas), kubelet, Reviews::new(client), move || network.dns().metrics())
+        .context("serve the kubelet API")?;
 
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
@@ -40,11 +47,23 @@ pub async fn run(options: Run) -> Result<()> {
     Ok(())
 }
 
-async fn client(options: &Run) -> Result<Client> {
+async fn api_config(options: &Run) -> Result<kube::Config> {
     let read = || format!("read {}", options.kubeconfig.display());
     let file = Kubeconfig::read_from(&options.kubeconfig).with_context(read)?;
-    let config = kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.with_context(read)?;
-    Client::try_from(config).context("make the API client")
+    kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.with_context(read)
+}
+
+/// The kubelet API trusts the CA that signed the API server: it signs the API server's client certificate too.
+fn server(options: &Run, client_cas: Vec<Vec<u8>>) -> outrigger_kubelet::server::Config {
+    outrigger_kubelet::server::Config {
+        node_name: options.node_name.clone(),
+        address: Ipv4Addr::UNSPECIFIED.into(),
+        port: options.port,
+        node_ips: options.node_ip.clone(),
+        data_dir: options.data_dir.clone(),
+        client_cas,
+        log_dir: "/var/log".into(),
+    }
 }
 
 fn network(options: &Run) -> outrigger_network::Config {

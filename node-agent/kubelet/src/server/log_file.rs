@@ -44,7 +44,7 @@ where
     let mut changes = if options.follow { Some(Changes::watch(&path)) } else { None };
     let (wanted, sender) = (options.clone(), out.clone());
     let opened = path.clone();
-    let mut tail = blocking(move || Tail::open(&opened, wanted, sender)).await?;
+    let mut tail = blocking(move || Tail::open(&opened, wanted, sender).map(Box::new)).await?;
     loop {
         tail = match blocking(move || tail.drain()).await? {
             Drained::Finished => return Ok(()),
@@ -112,7 +112,7 @@ impl Changes {
 enum Drained {
     /// The client has all that it wanted, or is gone.
     Finished,
-    AtEnd(Tail),
+    AtEnd(Box<Tail>),
 }
 
 /// The place in the current file up to which the client has everything.
@@ -151,7 +151,7 @@ impl Tail {
     }
 
     /// Sends everything up to the end of the file, and of the next one when the runtime has changed over to it.
-    fn drain(mut self) -> io::Result<Drained> {
+    fn drain(mut self: Box<Self>) -> io::Result<Drained> {
         loop {
             if self.finished || !self.read_to_end()? {
                 return Ok(Drained::Finished);
@@ -429,7 +429,7 @@ mod tests {
             (Options { stdout: false, ..all() }, "two\n"),
             (
                 Options { timestamps: true, limit: Some(80), ..all() },
-                "2026-01-01T00:00:01.500000000Z one\n2026-01-01T00:00:02.000000000Z two\n2026-01-01T",
+                "2026-01-01T00:00:01.500000000Z one\n2026-01-01T00:00:02.000000000Z two\n2026-01-01",
             ),
             (Options { follow: true, ..all() }, "one\ntwo\nthree\nfour\n"),
         ];

@@ -55,8 +55,8 @@ pub struct Config {
     pub node_ips: Vec<IpAddr>,
     /// The serving certificate is kept in `pki/` below it.
     pub data_dir: PathBuf,
-    /// PEM of the CA whose client certificates are trusted; none means tokens only.
-    pub client_ca: Option<Vec<u8>>,
+    /// The CAs (DER) whose client certificates are trusted; none means tokens only.
+    pub client_cas: Vec<Vec<u8>>,
     /// What `/logs/` shows.
     pub log_dir: PathBuf,
 }

@@ -31,17 +31,16 @@ pub fn server_config(config: &Config) -> Result<rustls::ServerConfig, Error> {
     let (chain, key) = serving_certificate(config)?;
     let provider = Arc::new(ring::default_provider());
     let builder = rustls::ServerConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()?;
-    let builder = match &config.client_ca {
-        None => builder.with_no_client_auth(),
-        Some(pem) => {
-            let mut roots = RootCertStore::empty();
-            for certificate in CertificateDer::pem_slice_iter(pem) {
-                roots.add(certificate?)?;
-            }
-            // Clients with tokens have no certificate.
-            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).allow_unauthenticated().build();
-            builder.with_client_cert_verifier(verifier.map_err(|error| Error::ClientCa(error.to_string()))?)
+    let builder = if config.client_cas.is_empty() {
+        builder.with_no_client_auth()
+    } else {
+        let mut roots = RootCertStore::empty();
+        for certificate in &config.client_cas {
+            roots.add(CertificateDer::from_slice(certificate))?;
         }
+        // Clients with tokens have no certificate.
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).allow_unauthenticated().build();
+        builder.with_client_cert_verifier(verifier.map_err(|error| Error::ClientCa(error.to_string()))?)
     };
     let mut tls = builder.with_single_cert(chain, key)?;
     tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
