@@ -16,6 +16,7 @@ pub mod deployment;
 pub mod discovery;
 pub mod endpoints;
 pub mod endpointslice;
+pub mod job;
 pub mod mirroring;
 pub mod namespace;
 pub mod nodes;
@@ -86,6 +87,7 @@ pub async fn run_with(informers: Arc<Informers>, config: Config, shutdown: impl 
 fn start(context: &Context, tasks: &mut JoinSet<()>) {
     deployment::start(context, tasks);
     replicaset::start(context, tasks);
+    job::start(context, tasks);
     endpointslice::start(context, tasks);
     endpoints::start(context, tasks);
     mirroring::start(context, tasks);
