@@ -12,10 +12,12 @@ pub mod pods;
 pub mod store;
 pub mod worker;
 
+pub mod certificates;
 pub mod deployment;
 pub mod discovery;
 pub mod endpoints;
 pub mod endpointslice;
+pub mod garbage;
 pub mod job;
 pub mod mirroring;
 pub mod namespace;
@@ -95,4 +97,6 @@ fn start(context: &Context, tasks: &mut JoinSet<()>) {
     root_ca::start(context, tasks);
     namespace::start(context, tasks);
     nodes::start(context, tasks);
+    garbage::start(context, tasks);
+    certificates::start(context, tasks);
 }
