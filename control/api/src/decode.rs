@@ -22,8 +22,8 @@ impl Decoded {
     }
 }
 
-/// Fits a built-in kind's body to its struct: drops unknown fields, nulls and zero values that Go would not write, makes quantities and times canonical. The error is the
-/// message of a 400. `kind` and `apiVersion` are not compared with the resource.
+/// Fits a built-in kind's body to its struct: drops unknown fields, nulls and zero values that Go would not write, makes quantities and times canonical. The error is Go's
+/// text, without the kind in front. `kind` and `apiVersion` are not compared with the resource.
 pub fn decode(resource: &Resource, object: &mut Value) -> Result<Decoded, String> {
     decode_as(&resource.group, &resource.version, &resource.kind, object)
 }
@@ -32,10 +32,19 @@ pub fn decode(resource: &Resource, object: &mut Value) -> Result<Decoded, String
 pub fn decode_as(group: &str, version: &str, kind: &str, object: &mut Value) -> Result<Decoded, String> {
     let Some(root) = types::by_kind(group, version, kind) else { return Ok(Decoded::default()) };
     let mut walk = Walk { path: String::new(), owner: root.id, found: Decoded::default() };
-    match walk.structure(root.id, object) {
-        Ok(()) => Ok(walk.found),
-        Err(error) => Err(format!("{kind} in version \"{version}\" cannot be handled as a {kind}: {error}")),
+    walk.structure(root.id, object)?;
+    Ok(walk.found)
+}
+
+/// Fits the `metadata` of an object of any kind, whose own path is `prefix` ("" for the root), to ObjectMeta.
+pub fn decode_metadata(object: &mut Value, prefix: &str) -> Result<Decoded, String> {
+    let Some(root) = types::graph().by_name("meta/v1", "ObjectMeta") else { return Ok(Decoded::default()) };
+    let path = if prefix.is_empty() { "metadata".to_string() } else { format!("{prefix}.metadata") };
+    let mut walk = Walk { path, owner: root.id, found: Decoded::default() };
+    if let Some(metadata) = object.get_mut("metadata") {
+        walk.structure(root.id, metadata)?;
     }
+    Ok(walk.found)
 }
 
 struct Walk {
@@ -227,7 +236,7 @@ fn go_type(shape: &Shape) -> String {
     }
 }
 
-/// Parses JSON and reports the paths of fields that occur twice in one object; the last one wins.
+/// Parses JSON and reports fields that occur twice in one object, as `duplicate field "spec.a"`; the last one wins.
 pub fn parse_json(bytes: &[u8]) -> Result<(Value, Vec<String>), String> {
     let mut duplicates = Vec::new();
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
@@ -301,7 +310,7 @@ impl<'de> Visitor<'de> for Tracking<'_> {
             let key = key.0;
             let path = if self.path.is_empty() { key.clone() } else { format!("{}.{key}", self.path) };
             if map.contains_key(&key) {
-                self.duplicates.push(path.clone());
+                self.duplicates.push(format!("duplicate field \"{path}\""));
             }
             let value = access.next_value_seed(Tracking { path, duplicates: &mut *self.duplicates })?;
             map.insert(key, value);
@@ -359,7 +368,7 @@ mod tests {
             (json!([]), "json: cannot unmarshal array into Go value of type v1.Pod"),
         ] {
             let error = pod(object).expect_err("wrong type");
-            assert_eq!(error, format!("Pod in version \"v1\" cannot be handled as a Pod: {expected}"));
+            assert_eq!(error, expected);
         }
     }
 
@@ -367,7 +376,7 @@ mod tests {
     fn duplicates_are_reported() {
         let (value, duplicates) = parse_json(br#"{"a": 1, "b": [{"c": 1, "c": 2}], "a": 2.5}"#).expect("parses");
         assert_eq!(value, json!({"a": 2.5, "b": [{"c": 2}]}));
-        assert_eq!(duplicates, ["b[0].c", "a"]);
+        assert_eq!(duplicates, ["duplicate field \"b[0].c\"", "duplicate field \"a\""]);
         assert!(parse_json(b"{} x").is_err());
     }
 }

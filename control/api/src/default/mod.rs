@@ -100,8 +100,11 @@ flowcontrol/v1 QueuingConfiguration handSize:=8 queues:=64 queueLengthLimit:=50
 resource/v1 DeviceToleration operator:="Equal"
 "#;
 
+/// Fills in a struct's fields.
+type Computed = fn(&mut Fields);
+
 /// Defaults that need code, by struct.
-const COMPUTED: &[(&str, &str, fn(&mut Fields))] = &[
+const COMPUTED: &[(&str, &str, Computed)] = &[
     ("core/v1", "Pod", pods::pod),
     ("core/v1", "Container", pods::container),
     ("core/v1", "EphemeralContainer", pods::container),
@@ -141,7 +144,7 @@ struct Constant {
 /// Per struct: its defaults, and whether it or anything below it has any.
 struct Facts {
     constants: Vec<Vec<Constant>>,
-    computed: Vec<Option<fn(&mut Fields)>>,
+    computed: Vec<Option<Computed>>,
     reaches: Vec<bool>,
 }
 

@@ -167,7 +167,7 @@ mod tests {
     #[test]
     fn every_kind_has_columns() {
         for resource in crate::builtin::resources() {
-            assert_eq!(shown(&resource.group, &resource.version, &resource.kind, json!({})).is_empty(), false, "{}", resource.kind);
+            assert!(!shown(&resource.group, &resource.version, &resource.kind, json!({})).is_empty(), "{}", resource.kind);
         }
     }
 

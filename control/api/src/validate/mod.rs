@@ -52,12 +52,20 @@ pub fn update(resource: &Resource, subresource: Option<&str>, new: &Value, old: 
         ("", "Pod", Some("resize")) => pod_update::resize(&root, old, &mut found),
         (_, _, Some("status")) if resource.custom.is_none() => status(resource, &root, old, &mut found),
         ("", "Namespace", Some("finalize")) => config::namespace(&root, &mut found),
+        _ if resource.custom.is_some() => custom_update(resource, new, old, &mut found),
         _ => {
             kind(resource, new, &mut found);
             changes(resource, &root, old, &mut found);
         }
     }
     found
+}
+
+/// What did not change is not held against a schema that became stricter since.
+fn custom_update(resource: &Resource, new: &Value, old: &Value, found: &mut Findings) {
+    if let Some(schema) = resource.custom.as_ref().and_then(|custom| custom.schema.as_ref()) {
+        found.extend(crate::schema::validate_update(schema, new, old));
+    }
 }
 
 /// Rules that hold for new and changed objects alike.
@@ -117,7 +125,6 @@ fn workload_kind(kind: &str, root: &Place<'_>, found: &mut Findings) {
 fn changes(resource: &Resource, root: &Place<'_>, old: &Value, found: &mut Findings) {
     let same_as_old = |path: &str, found: &mut Findings| root.at(path).immutable(found, crate::meta::get(old, path));
     match (resource.group.as_ref(), resource.kind.as_ref()) {
-        _ if resource.custom.is_some() => {}
         ("", "Pod") => pod_update::pod(root, old, found),
         ("", "Service") => services::update(root, old, found),
         ("", "ConfigMap" | "Secret") => config::update_data(root, old, found),

@@ -317,7 +317,8 @@ fn forbidden_changes_are_explained() {
             json!([container(), {"name": "d", "image": "i", "imagePullPolicy": "Always", "terminationMessagePolicy": "File"}])
     });
     assert_eq!(added, ["spec.containers: Forbidden: pod updates may not add or remove containers"]);
-    let cases: [(&str, &str, Value, fn(&mut Value), &[&str]); 9] = [
+    type Change = (&'static str, &'static str, Value, fn(&mut Value), &'static [&'static str]);
+    let cases: [Change; 9] = [
         (
             "apps",
             "Deployment",

@@ -39,10 +39,9 @@ fn source(kind: &str, place: &Place<'_>, found: &mut Findings) {
             super::metadata::non_negative_quantity(&place.at("sizeLimit"), found);
         }
         "hostPath" => {
-            if place.at("path").require(found) {
-                no_backsteps(&place.at("path"), found);
-                place.at("type").one_of_if_set(found, HOST_PATH_TYPES);
-            }
+            place.at("path").require(found);
+            no_backsteps(&place.at("path"), found);
+            place.at("type").one_of_if_set(found, HOST_PATH_TYPES);
         }
         "secret" => keyed_files(place, "secretName", found),
         "configMap" => keyed_files(place, "name", found),
