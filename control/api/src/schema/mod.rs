@@ -7,7 +7,6 @@ use serde_json::Value;
 pub use validate::{validate, validate_update};
 
 use crate::decode::decode_metadata;
-use crate::meta;
 
 const META_FIELDS: [&str; 3] = ["apiVersion", "kind", "metadata"];
 const PRESERVE: &str = "x-kubernetes-preserve-unknown-fields";
