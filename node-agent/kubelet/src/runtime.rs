@@ -97,7 +97,9 @@ impl PodView {
         let Some(newest) = self.sandboxes.first() else { return (true, 0, None) };
         let needed =
             ready > 1 || !newest.ready || newest.host_network != host_network || (!newest.host_network && newest.ips.is_empty());
-        (needed, if needed { newest.attempt + 1 } else { newest.attempt }, Some(newest))
+        // A sandbox that failed half-way may have no creation time, so the newest isn't always the one with the highest number.
+        let highest = self.sandboxes.iter().map(|sandbox| sandbox.attempt).max().unwrap_or(newest.attempt);
+        (needed, if needed { highest + 1 } else { newest.attempt }, Some(newest))
     }
 }
 
@@ -126,7 +128,7 @@ pub async fn read(cri: &Cri, uid: &str) -> cri::Result<PodView> {
             Err(error) => return Err(error),
         }
     }
-    view.sandboxes.sort_by_key(|sandbox| std::cmp::Reverse(sandbox.created_at));
+    view.sandboxes.sort_by_key(|sandbox| std::cmp::Reverse((sandbox.created_at, sandbox.attempt)));
     view.containers.sort_by_key(|container| std::cmp::Reverse(container.created_at));
     Ok(view)
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::stat::{Mode, mkdirat};
+use nix::sys::stat::{FchmodatFlags, Mode, fchmodat, fstat, mkdirat};
 
 use super::mounts;
 
@@ -21,9 +21,6 @@ pub struct Place {
     pub container: String,
     pub index: usize,
 }
-
-/// Folders made for a sub path have the mode that upstream gives them.
-const NEW_DIR: Mode = Mode::from_bits_truncate(0o750);
 
 /// The host path to mount for that part of the volume; the part is made as a folder when it isn't there.
 pub fn prepare(volume: &Path, volume_name: &str, sub_path: &str, place: &Place) -> io::Result<PathBuf> {
@@ -66,13 +63,17 @@ fn open_or_make(root: &OwnedFd, path: &str) -> io::Result<OwnedFd> {
         Err(error) => return Err(error.into()),
     }
     let mut current = openat2(root, ".", beneath())?;
+    // A folder made here is as open as the volume itself, so that whoever may use the volume may use it.
+    let mode = Mode::from_bits_truncate(fstat(root)?.st_mode & 0o777);
     let mut walked = PathBuf::new();
     for part in Path::new(path).components() {
         walked.push(part);
         let next = match openat2(root, &walked, beneath()) {
             Err(Errno::ENOENT) => {
-                match mkdirat(&current, part.as_os_str(), NEW_DIR) {
-                    Ok(()) | Err(Errno::EEXIST) => {}
+                match mkdirat(&current, part.as_os_str(), mode) {
+                    // Once more, as the umask took some of it.
+                    Ok(()) => fchmodat(&current, part.as_os_str(), mode | setgid(&current)?, FchmodatFlags::FollowSymlink)?,
+                    Err(Errno::EEXIST) => {}
                     Err(error) => return Err(error.into()),
                 }
                 openat2(root, &walked, beneath())
@@ -82,6 +83,11 @@ fn open_or_make(root: &OwnedFd, path: &str) -> io::Result<OwnedFd> {
         current = next?;
     }
     Ok(current)
+}
+
+/// The bit that passes the folder's group on, where the folder above has it.
+fn setgid(dir: &OwnedFd) -> io::Result<Mode> {
+    Ok(Mode::from_bits_truncate(fstat(dir)?.st_mode) & Mode::S_ISGID)
 }
 
 #[cfg(test)]
