@@ -5,7 +5,11 @@ use std::boxed::Box;
 use std::collections::HashMap;
 use std::vec::Vec;
 
-use outrigger_abi::{Addr, Affinity, AffinityKey, Datagram, DatagramKey, Endpoint, Frontend, FrontendKey, Port, Range, Slot, TCP};
+use outrigger_abi::{
+    Addr, Affinity, AffinityKey, Datagram, DatagramKey, Endpoint, Flow, Frontend, FrontendKey, Port, Range, Slot, TCP, Tuple,
+};
+
+use crate::packet::Flows;
 
 use crate::service::Tables;
 use crate::socket::Socket;
@@ -17,6 +21,7 @@ pub struct Fake {
     pub nodes: HashMap<Addr, u32>,
     pub affinity: RefCell<HashMap<AffinityKey, Affinity>>,
     pub datagrams: RefCell<HashMap<DatagramKey, Datagram>>,
+    pub flows: RefCell<HashMap<Tuple, Flow>>,
     pub random: Cell<u32>,
     pub now: Cell<u64>,
 }
@@ -82,5 +87,31 @@ impl Socket for Fake {
     }
     fn set_datagram(&self, key: &DatagramKey, value: &Datagram) {
         self.datagrams.borrow_mut().insert(*key, *value);
+    }
+}
+
+impl Flows for Fake {
+    fn flow(&self, tuple: &Tuple) -> Option<&Flow> {
+        self.flows.borrow().get(tuple).map(|flow| &*Box::leak(Box::new(*flow)))
+    }
+    fn add_flow(&self, tuple: &Tuple, flow: &Flow) -> bool {
+        let mut flows = self.flows.borrow_mut();
+        let free = !flows.contains_key(tuple);
+        if free {
+            flows.insert(*tuple, *flow);
+        }
+        free
+    }
+    fn set_flow(&self, tuple: &Tuple, flow: &Flow) {
+        self.flows.borrow_mut().insert(*tuple, *flow);
+    }
+    fn remove_flow(&self, tuple: &Tuple) {
+        self.flows.borrow_mut().remove(tuple);
+    }
+    fn mark(&self, tuple: &Tuple, flags: u32) -> u32 {
+        self.flows.borrow_mut().get_mut(tuple).map_or(0, |flow| {
+            flow.flags |= flags;
+            flow.flags
+        })
     }
 }

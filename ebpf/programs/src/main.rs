@@ -3,6 +3,7 @@
 #![no_main]
 
 mod maps;
+mod packet;
 mod socket;
 
 #[cfg(not(test))]

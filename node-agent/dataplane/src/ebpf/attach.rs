@@ -182,6 +182,48 @@ pub fn attach_cgroup(programs: &Programs, cgroup: &File, pins: &Pins) -> Result<
     Ok(())
 }
 
+/// An interface that traffic from outside arrives on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    pub name: String,
+    pub index: u32,
+}
+
+/// The hooks of an uplink: program, and `enum bpf_attach_type`. Answers are renamed before requests are led anywhere.
+const UPLINK_HOOKS: [(&str, u32); 2] = [("leave", 47), ("arrive", 46)];
+
+/// Puts the packet programs on the uplinks, and takes them from interfaces that are none any more. To be called in the node's network
+/// namespace.
+pub fn attach_uplinks(programs: &mut Programs, interfaces: &[Interface], pins: &Pins) -> Result<()> {
+    let pin_of = |interface: &Interface, hook: &str| pins.links().join(format!("uplink_{}_{hook}", interface.index));
+    for interface in interfaces {
+        for (hook, attach_type) in UPLINK_HOOKS {
+            let name = format!("outrigger_{hook}");
+            let pin = pin_of(interface, hook);
+            // The low half of the target is the interface's index.
+            let attached =
+                attach(programs.program(&name)?, interface.index, attach_type, &pin, |info| info.target as u32 == interface.index);
+            match attached {
+                // Before Linux 6.6 there are no links to interfaces.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                    programs.attach_classic(&name, &interface.name, hook == "arrive")?
+                }
+                attached => attached.map_err(|error| {
+                    BackendError::kernel(format!("attach the eBPF program {hook} to the interface {}", interface.name), error)
+                })?,
+            }
+        }
+    }
+    let wanted: Vec<_> = interfaces.iter().flat_map(|interface| UPLINK_HOOKS.map(|(hook, _)| pin_of(interface, hook))).collect();
+    for path in children(&pins.links())? {
+        let is_uplink = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"uplink_"));
+        if is_uplink && !wanted.contains(&path) {
+            fs::remove_file(&path).map_err(|error| BackendError::kernel(format!("unpin {}", path.display()), error))?;
+        }
+    }
+    Ok(())
+}
+
 fn attach(
     program: BorrowedFd<'_>,
     target: u32,

@@ -39,7 +39,19 @@ impl Sizes {
 
 const TABLE_MAPS: [&str; 3] = ["frontends", "slots", "counters"];
 /// Maps that outlive a change of size, with how many elements they hold.
-const SHARED_MAPS: [(&str, u32); 4] = [("node_addresses", 4096), ("affinity", 1 << 15), ("datagrams", 1 << 15), ("peers", 0)];
+const SHARED_MAPS: [(&str, u32); 6] = [
+    ("node_addresses", 4096),
+    ("affinity", 1 << 15),
+    ("datagrams", 1 << 15),
+    ("peers", 0),
+    ("uplinks", 64),
+    // Two for each connection from outside.
+    ("flows", 1 << 16),
+];
+
+/// Where classic tc filters of ours hang: before those that ask for no place of their own.
+const FILTER_PRIORITY: u16 = 10;
+const FILTER_HANDLE: u16 = 0x4f52;
 
 pub fn is_built() -> bool {
     !OBJECT.is_empty()
@@ -95,6 +107,38 @@ impl Programs {
             loaded.map_err(|error| failed(format!("load the eBPF program {name}"), &error))?;
         }
         Ok(Self { ebpf })
+    }
+
+    /// Hangs a packet program on an interface by the classic tc filter, in the former one's place.
+    pub fn attach_classic(&mut self, name: &str, interface: &str, ingress: bool) -> Result<()> {
+        use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcAttachType, TcError, TcHandle, qdisc_add_clsact};
+        let failed = |error: &dyn std::error::Error| {
+            BackendError::failed(format!("attach the eBPF program {name} to the interface {interface} by a tc filter"), chain(error))
+        };
+        match qdisc_add_clsact(interface) {
+            Err(TcError::AlreadyAttached) | Ok(()) => {}
+            Err(error) => return Err(failed(&error)),
+        }
+        let program: &mut aya::programs::SchedClassifier = self
+            .ebpf
+            .program_mut(name)
+            .ok_or_else(|| BackendError::failed("find an eBPF program", format!("the object has no {name}")))?
+            .try_into()
+            .map_err(|error: aya::programs::ProgramError| failed(&error))?;
+        let direction = if ingress { TcAttachType::Ingress } else { TcAttachType::Egress };
+        let (priority, handle) = (FILTER_PRIORITY, TcHandle::new(0, FILTER_HANDLE));
+        let options = NlOptions { priority, handle, classid: None };
+        let link = match program.attach_with_options(interface, direction, TcAttachOptions::Netlink(options)) {
+            Ok(link) => link,
+            // A former agent's: replaced in place.
+            Err(_) => {
+                let former = SchedClassifierLink::attached(interface, direction, priority, handle, None).map_err(|error| failed(&error))?;
+                program.attach_to_link(former).map_err(|error| failed(&error))?
+            }
+        };
+        // The filter stays when this agent goes.
+        std::mem::forget(program.take_link(link).map_err(|error| failed(&error))?);
+        Ok(())
     }
 
     pub fn program(&self, name: &str) -> Result<BorrowedFd<'_>> {

@@ -1,4 +1,6 @@
 //! Typed access to the pinned maps.
+use std::collections::HashMap;
+use std::hash::Hash;
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, OwnedFd};
@@ -86,6 +88,21 @@ impl<K: Plain, V: Plain> Map<K, V> {
         sys::delete(&self.fd, key).map_err(|error| self.failed("delete from", error))
     }
 
+    /// Makes the map hold `wanted` and nothing else.
+    pub fn settle(&self, wanted: HashMap<K, V>) -> Result<()>
+    where
+        K: Eq + Hash,
+        V: PartialEq,
+    {
+        let mut present: HashMap<K, V> = self.entries()?.into_iter().collect();
+        for (key, value) in wanted {
+            if present.remove(&key).is_none_or(|old| old != value) {
+                self.put(&key, &value)?;
+            }
+        }
+        present.keys().try_for_each(|key| self.delete(key).map(drop))
+    }
+
     /// All elements. Those that change meanwhile may be seen twice or not at all.
     pub fn entries(&self) -> Result<Vec<(K, V)>> {
         let mut found = Vec::new();
@@ -170,6 +187,8 @@ impl CounterMap {
 pub struct Shared {
     pub node_addresses: Map<abi::Addr, u32>,
     pub datagrams: Map<abi::DatagramKey, abi::Datagram>,
+    pub uplinks: Map<u32, abi::Uplink>,
+    pub flows: Map<abi::Tuple, abi::Flow>,
     /// Socket storage has a descriptor as its key.
     pub peers: OwnedFd,
 }
@@ -178,6 +197,12 @@ impl Shared {
     pub fn open(folder: &Path) -> Result<Self> {
         let peers = folder.join("peers");
         let peers = sys::get_pinned(&peers).map_err(|error| BackendError::kernel(format!("open the map {}", peers.display()), error))?;
-        Ok(Self { node_addresses: Map::open(folder, "node_addresses")?, datagrams: Map::open(folder, "datagrams")?, peers })
+        Ok(Self {
+            node_addresses: Map::open(folder, "node_addresses")?,
+            datagrams: Map::open(folder, "datagrams")?,
+            uplinks: Map::open(folder, "uplinks")?,
+            flows: Map::open(folder, "flows")?,
+            peers,
+        })
     }
 }

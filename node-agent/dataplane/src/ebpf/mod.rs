@@ -13,7 +13,7 @@ mod restore;
 mod sockets;
 mod sys;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -21,14 +21,14 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use outrigger_abi as abi;
-use outrigger_desired::{Address, Delta, Entry, Family, Frontend, Protocol, Table};
+use outrigger_desired::{self as desired, Delta, Entry, Family, Frontend, Protocol, Table};
 
 use crate::backend::{Applied, Backend, BackendError, Parting, Pending, Restored, Result};
 use crate::config::{Config, Mode};
-use attach::Pins;
+use attach::{Interface, Pins};
 use load::{Programs, Sizes};
 use maps::{Shared, Tables};
-use namespace::Namespace;
+use namespace::{Address, Namespace};
 use plan::{Batch, Layout};
 
 /// How often the node's addresses are looked at again.
@@ -59,6 +59,7 @@ struct Ebpf {
     cgroup: File,
     pins: Pins,
     nodeport_addresses: Vec<IpNet>,
+    node_ips: Vec<IpAddr>,
     node: Namespace,
     host_namespace: u64,
     programs: Programs,
@@ -67,6 +68,8 @@ struct Ebpf {
     layout: Layout,
     /// The programs of this agent are in place.
     attached: bool,
+    /// The uplinks that they hang on.
+    attached_to: Vec<Interface>,
 }
 
 impl Ebpf {
@@ -83,6 +86,7 @@ impl Ebpf {
             cgroup,
             pins,
             nodeport_addresses: config.nodeport_addresses.clone(),
+            node_ips: config.node_ips.clone(),
             node,
             host_namespace,
             programs,
@@ -90,6 +94,7 @@ impl Ebpf {
             shared,
             layout: Layout::default(),
             attached: false,
+            attached_to: Vec::new(),
         })
     }
 
@@ -102,7 +107,6 @@ impl Ebpf {
             // The mirror may be wrong after a failure; the kernel isn't.
             self.layout = restore::read(&self.tables)?;
         }
-        self.update_addresses()?;
         let batch = self.layout.apply(table, delta);
         let (upserted, removed) = (batch.puts.len(), batch.deletes.len());
         if self.sizes().hold(&self.layout.needed()) {
@@ -113,11 +117,12 @@ impl Ebpf {
         } else {
             self.grow()?;
         }
+        self.update_addresses()?;
         if !self.attached {
             self.pins.remove_other_versions()?;
             self.attached = true;
         }
-        let ended = self.end_sockets(table, delta);
+        let ended = self.end(table, delta);
         Ok(Applied { upserted, removed, ended })
     }
 
@@ -130,38 +135,45 @@ impl Ebpf {
         let tables = Tables::open(&folder)?;
         write(&tables, &self.layout.dump())?;
         attach::attach_cgroup(&programs, &self.cgroup, &self.pins)?;
-        self.pins.adopt_next_tables()?;
         self.programs = programs;
+        self.attached_to.clear();
+        self.update_addresses()?;
+        self.pins.adopt_next_tables()?;
         self.tables = tables;
         Ok(())
     }
 
-    /// Keeps the map of the addresses that NodePorts and host ports are reached by.
-    fn update_addresses(&self) -> Result<()> {
+    /// Keeps to the node's addresses: those that NodePorts and host ports are reached by, and the interfaces that they sit on.
+    fn update_addresses(&mut self) -> Result<()> {
         let failed = |error| BackendError::kernel("list the node's addresses", error);
         let addresses = self.node.run(namespace::addresses).map_err(failed)?.map_err(failed)?;
-        let wanted = node_addresses(&addresses, &self.nodeport_addresses);
-        let mut present: HashMap<abi::Addr, u32> = self.shared.node_addresses.entries()?.into_iter().collect();
-        for (addr, flags) in wanted {
-            if present.remove(&addr) != Some(flags) {
-                self.shared.node_addresses.put(&addr, &flags)?;
+        self.shared.node_addresses.settle(node_addresses(&addresses, &self.nodeport_addresses))?;
+        let uplinks = uplinks(&addresses, &self.node_ips);
+        let Self { node, programs, pins, shared, attached_to, .. } = self;
+        let attach = || -> Result<Vec<Interface>> {
+            let mut interfaces = Vec::new();
+            let mut sources = HashMap::new();
+            for (name, uplink) in uplinks {
+                let index = nix::net::if_::if_nametoindex(name.as_str());
+                let index = index.map_err(|error| BackendError::kernel(format!("find the interface {name}"), error.into()))?;
+                sources.insert(index, uplink);
+                interfaces.push(Interface { name, index });
             }
-        }
-        present.keys().try_for_each(|addr| self.shared.node_addresses.delete(addr).map(drop))
+            shared.uplinks.settle(sources)?;
+            if *attached_to != interfaces {
+                attach::attach_uplinks(programs, &interfaces, pins)?;
+            }
+            Ok(interfaces)
+        };
+        self.attached_to = node.run(attach).map_err(failed)??;
+        Ok(())
     }
 
-    /// Sockets of gone backends: those that the delta names or, after a start, those that the table no longer knows.
-    fn end_sockets(&self, table: &Table, delta: &Delta) -> usize {
+    /// Ends what still points at gone backends: those that the delta names or, after a start, those that the table no longer knows.
+    fn end(&self, table: &Table, delta: &Delta) -> usize {
         if delta.gone.is_empty() && !delta.full {
             return 0;
         }
-        let namespaces = match namespace::below(&self.cgroup_path, &self.node) {
-            Ok(namespaces) => namespaces,
-            Err(error) => {
-                tracing::warn!(%error, cgroup = %self.cgroup_path.display(), "sockets of gone backends are left to time out");
-                return 0;
-            }
-        };
         let gone: HashSet<(abi::FrontendKey, SocketAddr)> =
             delta.gone.iter().map(|gone| (plan::key(&gone.frontend), gone.backend)).collect();
         let is_doomed = |peer: &abi::Peer| {
@@ -169,6 +181,44 @@ impl Ebpf {
             let exact = abi::FrontendKey::new(peer.frontend.addr, peer.frontend.port, peer.protocol as u8);
             let by_node = abi::FrontendKey { addr: exact.addr.node(), ..exact };
             gone.contains(&(exact, backend)) || gone.contains(&(by_node, backend)) || (delta.full && is_stale(table, peer, backend))
+        };
+        self.end_flows(&is_doomed) + self.end_sockets(&is_doomed)
+    }
+
+    /// Packets of an ended TCP flow reach the node itself, which answers them by a reset.
+    fn end_flows(&self, is_doomed: &impl Fn(&abi::Peer) -> bool) -> usize {
+        let flows = match self.shared.flows.entries() {
+            Ok(flows) => flows,
+            Err(error) => {
+                tracing::warn!(%error, "flows to gone backends are left to time out");
+                return 0;
+            }
+        };
+        let opens = flows.iter().filter(|(_, flow)| flow.flags & abi::flow_flags::REPLY == 0);
+        let mut ended = 0;
+        for (tuple, flow) in opens {
+            let peer = abi::Peer {
+                frontend: abi::Endpoint::new(tuple.dst, tuple.dport),
+                backend: abi::Endpoint::new(flow.to.dst, flow.to.dport),
+                protocol: tuple.protocol.into(),
+                ..abi::Peer::default()
+            };
+            if is_doomed(&peer) {
+                // Each may have been evicted meanwhile.
+                let gone = self.shared.flows.delete(tuple).and_then(|gone| Ok(self.shared.flows.delete(&flow.to.reversed())? | gone));
+                ended += usize::from(gone.unwrap_or(false));
+            }
+        }
+        ended
+    }
+
+    fn end_sockets(&self, is_doomed: &(impl Fn(&abi::Peer) -> bool + Sync)) -> usize {
+        let namespaces = match namespace::below(&self.cgroup_path, &self.node) {
+            Ok(namespaces) => namespaces,
+            Err(error) => {
+                tracing::warn!(%error, cgroup = %self.cgroup_path.display(), "sockets of gone backends are left to time out");
+                return 0;
+            }
         };
         let (ended, error) = sockets::end(&namespaces, &self.shared, is_doomed);
         if let Some(error) = error {
@@ -208,7 +258,8 @@ fn is_stale(table: &Table, peer: &abi::Peer, backend: SocketAddr) -> bool {
     };
     let ip = peer.frontend.addr.ip();
     let frontend = |address| Frontend { address, port: peer.frontend.port.host(), protocol };
-    let entry: Option<&Entry> = table.get(&frontend(Address::Ip(ip))).or_else(|| table.get(&frontend(Address::Node(Family::of(ip)))));
+    let entry: Option<&Entry> =
+        table.get(&frontend(desired::Address::Ip(ip))).or_else(|| table.get(&frontend(desired::Address::Node(Family::of(ip)))));
     match entry {
         Some(entry) => !entry.alive().any(|endpoint| endpoint.socket() == backend),
         None => protocol == Protocol::Udp,
@@ -216,16 +267,37 @@ fn is_stale(table: &Table, peer: &abi::Peer, backend: SocketAddr) -> bool {
 }
 
 /// Which of the node's addresses answer, and to whom.
-fn node_addresses(found: &[(IpAddr, bool)], selected: &[IpNet]) -> HashMap<abi::Addr, u32> {
+fn node_addresses(found: &[Address], selected: &[IpNet]) -> HashMap<abi::Addr, u32> {
     use abi::node_address_flags::{HOST_ONLY, NODE_PORTS};
-    let is_link_local = |ip: &IpAddr| matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
-    let found = found.iter().filter(|(ip, _)| !is_link_local(ip));
-    let flags = |(ip, loopback): &(IpAddr, bool)| {
-        let chosen = selected.is_empty() || selected.iter().any(|net| net.contains(ip));
-        let flags = if chosen { NODE_PORTS } else { 0 } | if *loopback { HOST_ONLY } else { 0 };
-        (abi::Addr::from(*ip), flags)
+    let flags = |address: &Address| {
+        let chosen = selected.is_empty() || selected.iter().any(|net| net.contains(&address.ip));
+        let flags = if chosen { NODE_PORTS } else { 0 } | if address.loopback { HOST_ONLY } else { 0 };
+        (address.ip.into(), flags)
     };
-    found.map(flags).collect()
+    found.iter().filter(|address| !is_link_local(address.ip)).map(flags).collect()
+}
+
+/// A link-local address means nothing without its interface.
+fn is_link_local(ip: IpAddr) -> bool {
+    matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local())
+}
+
+/// The interfaces that carry the node's own addresses, by name, with the source that each gives to what is sent on.
+fn uplinks(found: &[Address], node_ips: &[IpAddr]) -> BTreeMap<String, abi::Uplink> {
+    let mut uplinks: BTreeMap<String, abi::Uplink> = BTreeMap::new();
+    for address in found.iter().filter(|address| !address.loopback && node_ips.contains(&address.ip)) {
+        let uplink = uplinks.entry(address.interface.clone()).or_default();
+        if address.ip.is_ipv4() { uplink.v4 = address.ip.into() } else { uplink.v6 = address.ip.into() }
+    }
+    for address in found.iter().filter(|address| !is_link_local(address.ip)) {
+        if let Some(uplink) = uplinks.get_mut(&address.interface) {
+            let source = if address.ip.is_ipv4() { &mut uplink.v4 } else { &mut uplink.v6 };
+            if *source == abi::Addr::default() {
+                *source = address.ip.into();
+            }
+        }
+    }
+    uplinks
 }
 
 impl Backend for Ebpf {

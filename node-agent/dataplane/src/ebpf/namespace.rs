@@ -54,17 +54,23 @@ pub fn cookie() -> io::Result<u64> {
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }
 
-/// The calling thread's addresses, with whether they sit on the loopback interface.
-pub fn addresses() -> io::Result<Vec<(IpAddr, bool)>> {
+/// An address of the calling thread's namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Address {
+    pub ip: IpAddr,
+    /// The interface that it sits on.
+    pub interface: String,
+    pub loopback: bool,
+}
+
+pub fn addresses() -> io::Result<Vec<Address>> {
     let mut found = Vec::new();
     for interface in nix::ifaddrs::getifaddrs()? {
         let loopback = interface.flags.contains(nix::net::if_::InterfaceFlags::IFF_LOOPBACK);
         let Some(address) = interface.address else { continue };
-        if let Some(v4) = address.as_sockaddr_in() {
-            found.push((IpAddr::V4(v4.ip()), loopback));
-        } else if let Some(v6) = address.as_sockaddr_in6() {
-            found.push((IpAddr::V6(v6.ip()), loopback));
-        }
+        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+        let ip = v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())));
+        found.extend(ip.map(|ip| Address { ip, interface: interface.interface_name, loopback }));
     }
     Ok(found)
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 
 use nix::sched::{CloneFlags, unshare};
 use outrigger_dataplane::{Applied, Backend, Config, ModeChoice, Parting};
@@ -52,7 +52,7 @@ impl Lab {
         let config = Config {
             mode: ModeChoice::Auto,
             node_name: "node".into(),
-            node_ips: vec!["10.1.0.1".parse().unwrap()],
+            node_ips: vec!["10.1.0.1".parse().unwrap(), "fd01::1".parse().unwrap()],
             nodeport_addresses: Vec::new(),
             cluster_cidrs: vec!["10.0.0.0/16".parse().unwrap()],
             cgroup2_path: cgroup.clone(),
@@ -151,14 +151,108 @@ pub fn service(name: &str, ip: &str, port: &str, spec: Value) -> Value {
     json!({"kind": "Service", "apiVersion": "v1", "metadata": {"name": name, "namespace": "default"}, "spec": base})
 }
 
-/// A Service's endpoints, `ip` each, all on `port`.
+/// A Service's endpoints, `ip` each, all on `port`; those in 10.0.0.0/24 and fd00::/16 are this node's.
 pub fn slice(name: &str, port: &str, ips: &[&str]) -> Value {
     let (port, protocol) = port.split_once('/').unwrap();
     let family = if ips.iter().any(|ip| ip.contains(':')) { "IPv6" } else { "IPv4" };
-    let endpoints: Vec<_> = ips.iter().map(|ip| json!({"addresses": [ip], "conditions": {"ready": true}})).collect();
+    let endpoints = ips.iter().map(|ip| {
+        let node = if ip.starts_with("10.0.0.") || ip.starts_with("fd00:") { "node" } else { "other" };
+        json!({"addresses": [ip], "nodeName": node, "conditions": {"ready": true}})
+    });
+    let endpoints: Vec<_> = endpoints.collect();
     json!({
         "kind": "EndpointSlice", "apiVersion": "discovery.k8s.io/v1", "addressType": family, "endpoints": endpoints,
         "metadata": {"name": format!("{name}-{family}").to_lowercase(), "namespace": "default", "labels": {"kubernetes.io/service-name": name}},
         "ports": [{"port": port.parse::<u16>().unwrap(), "protocol": protocol}],
     })
+}
+
+/// Another network namespace, held by a thread that does what it is told.
+pub struct Elsewhere {
+    /// By it `ip` names the namespace.
+    pub thread: i32,
+    jobs: mpsc::Sender<Box<dyn FnOnce() + Send>>,
+}
+
+impl Elsewhere {
+    pub fn new() -> Self {
+        let (jobs, todo) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
+        let (ready, thread) = mpsc::channel();
+        std::thread::spawn(move || {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            ip("link set lo up");
+            ready.send(nix::unistd::gettid().as_raw()).unwrap();
+            todo.into_iter().for_each(|job| job());
+        });
+        Self { thread: thread.recv().unwrap(), jobs }
+    }
+
+    pub fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
+        let (done, result) = mpsc::channel();
+        self.jobs.send(Box::new(move || done.send(job()).unwrap())).unwrap();
+        result.recv().expect("the job ends well")
+    }
+
+    pub fn ip(&self, commands: &[&str]) {
+        let commands: Vec<_> = commands.iter().map(|command| command.to_string()).collect();
+        self.run(move || commands.iter().for_each(|command| ip(command)));
+    }
+}
+
+impl Lab {
+    /// Makes sockets that the node's hooks don't see, as on another machine: a socket belongs to the cgroup that it was born in.
+    pub fn unhooked<T>(&self, work: impl FnOnce() -> T) -> T {
+        let own = std::process::id().to_string();
+        fs::write(self.former.join("cgroup.procs"), &own).unwrap();
+        let result = work();
+        fs::write(self.cgroup.join("cgroup.procs"), &own).unwrap();
+        result
+    }
+}
+
+/// A node (the calling thread's namespace) with an uplink to a network where a client and another node are, and with a pod.
+pub struct Network {
+    pub client: Elsewhere,
+    pub other: Elsewhere,
+    pub pod: Elsewhere,
+}
+
+impl Network {
+    /// The node is 10.1.0.1 and fd01::1, its pod 10.0.0.1 and fd00::1, the other node 10.1.0.2 with a pod 10.0.1.1, the client 10.1.0.9 and fd01::9.
+    pub fn new() -> Self {
+        let (client, other, pod) = (Elsewhere::new(), Elsewhere::new(), Elsewhere::new());
+        ip(&format!("link add uplink type veth peer name node netns {}", client.thread));
+        ip("addr add 10.1.0.1/24 dev uplink");
+        ip("addr add fd01::1/64 dev uplink nodad");
+        ip("link set uplink up");
+        client.ip(&[
+            "link add net type bridge",
+            "addr add 10.1.0.9/24 dev net",
+            "addr add fd01::9/64 dev net nodad",
+            "link set net up",
+            "link set node master net up",
+            &format!("link add other type veth peer name eth0 netns {}", other.thread),
+            "link set other master net up",
+        ]);
+        other.ip(&["addr add 10.1.0.2/24 dev eth0", "addr add 10.0.1.1/32 dev lo", "link set eth0 up"]);
+        ip("route add 10.0.1.0/24 via 10.1.0.2");
+        ip(&format!("link add pod type veth peer name eth0 netns {}", pod.thread));
+        ip("link set pod up");
+        ip("addr add 169.254.1.1/32 dev pod");
+        ip("addr add fd00::ffff/128 dev pod nodad");
+        pod.ip(&[
+            "addr add 10.0.0.1/32 dev eth0",
+            "addr add fd00::1/128 dev eth0 nodad",
+            "link set eth0 up",
+            "route add 169.254.1.1 dev eth0",
+            "route add default via 169.254.1.1",
+            "route add fd00::ffff dev eth0",
+            "route add default via fd00::ffff",
+        ]);
+        ip("route add 10.0.0.1/32 dev pod");
+        ip("route add fd00::1/128 dev pod");
+        fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+        fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
+        Self { client, other, pod }
+    }
 }

@@ -1,0 +1,110 @@
+//! Connections from outside, packet by packet.
+use super::*;
+use crate::fake::{Fake, endpoint, tcp};
+use outrigger_abi::node_address_flags;
+
+fn packet(src: &str, dst: &str, tcp: u8) -> Packet {
+    let (src, dst) = (endpoint(src), endpoint(dst));
+    let tuple = Tuple { src: src.addr, dst: dst.addr, sport: src.port, dport: dst.port, protocol: TCP, zero: [0; 3] };
+    Packet { tuple, tcp }
+}
+
+fn tuple(src: &str, dst: &str) -> Tuple {
+    packet(src, dst, 0).tuple
+}
+
+const NODE: &str = "172.16.0.1:30080";
+const CLIENT: &str = "192.168.0.9:40000";
+
+/// A node port with one backend; `local` says where it runs.
+fn node(local: bool) -> Fake {
+    let mut fake = Fake::default();
+    fake.serve(tcp("0.0.0.0:30080"), 1, &["10.0.0.1:80"]);
+    fake.slots[0].flags = if local { slot_flags::LOCAL } else { 0 };
+    fake.nodes.insert(endpoint(NODE).addr, node_address_flags::NODE_PORTS);
+    fake
+}
+
+fn uplink() -> Uplink {
+    Uplink { v4: endpoint(NODE).addr, v6: Addr::default() }
+}
+
+fn arrives(fake: &Fake, packet: Packet) -> (Action, Tuple) {
+    let mut to = Tuple::default();
+    (arrive(fake, fake, &uplink(), &packet, &mut to), to)
+}
+
+fn leaves(fake: &Fake, packet: Packet) -> (Action, Tuple) {
+    let mut to = Tuple::default();
+    (leave(fake, &packet, &mut to), to)
+}
+
+#[test]
+fn a_backend_here_sees_the_client_and_answers_as_the_node() {
+    let fake = node(true);
+    assert_eq!(arrives(&fake, packet(CLIENT, NODE, SYN)), (Action::Rewrite, tuple(CLIENT, "10.0.0.1:80")));
+    assert_eq!(leaves(&fake, packet("10.0.0.1:80", CLIENT, SYN | ACK)), (Action::Rewrite, tuple(NODE, CLIENT)));
+    assert_eq!(arrives(&fake, packet(CLIENT, NODE, ACK)), (Action::Rewrite, tuple(CLIENT, "10.0.0.1:80")));
+    assert_eq!(leaves(&fake, packet("10.0.0.1:81", CLIENT, ACK)).0, Action::Pass);
+}
+
+#[test]
+fn a_backend_elsewhere_sees_the_node_and_is_answered_through_it() {
+    let fake = node(false);
+    let (action, there) = arrives(&fake, packet(CLIENT, NODE, SYN));
+    assert_eq!((action, there.src, there.dst), (Action::Forward, endpoint(NODE).addr, endpoint("10.0.0.1:80").addr));
+    assert!((2048..30_048).contains(&there.sport.host()));
+    let back = Packet { tuple: there.reversed(), tcp: SYN | ACK };
+    assert_eq!(arrives(&fake, back), (Action::Forward, tuple(NODE, CLIENT)));
+    assert_eq!(leaves(&fake, back).0, Action::Pass, "only what passes the node's routing is renamed on its way out");
+    // Another client gets another port, also when chance offers the same one first.
+    fake.random.set(0);
+    let (action, other) = arrives(&fake, packet("192.168.0.9:40001", NODE, SYN));
+    assert_eq!(action, Action::Drop, "the fake's chance never changes, so no free port is found");
+    assert_eq!(other.sport, there.sport);
+    fake.random.set(u32::MAX);
+    assert_eq!(arrives(&fake, packet("192.168.0.9:40001", NODE, SYN)).0, Action::Forward);
+}
+
+#[test]
+fn what_opens_nothing_and_belongs_to_nothing_passes() {
+    let fake = node(true);
+    for other in [packet(CLIENT, NODE, ACK), packet(CLIENT, "172.16.0.1:22", SYN), packet(CLIENT, "172.16.0.2:30080", SYN)] {
+        assert_eq!(arrives(&fake, other).0, Action::Pass);
+    }
+}
+
+#[test]
+fn a_connection_ends_by_two_fins_or_one_reset_and_its_port_starts_anew() {
+    for closing in [&[(true, FIN | ACK), (false, FIN | ACK), (true, ACK)][..], &[(false, RST)][..]] {
+        let mut fake = node(true);
+        arrives(&fake, packet(CLIENT, NODE, SYN));
+        let moved = fake.set(1, &["10.0.0.2:80"]);
+        fake.slots[1].flags = slot_flags::LOCAL;
+        fake.frontends.values_mut().for_each(|frontend| frontend.external = moved);
+        assert_eq!(arrives(&fake, packet(CLIENT, NODE, SYN)).1, tuple(CLIENT, "10.0.0.1:80"), "a SYN sent again");
+        for &(from_client, flags) in closing {
+            let action = if from_client {
+                arrives(&fake, packet(CLIENT, NODE, flags)).0
+            } else {
+                leaves(&fake, packet("10.0.0.1:80", CLIENT, flags)).0
+            };
+            assert_eq!(action, Action::Rewrite);
+        }
+        assert_eq!(arrives(&fake, packet(CLIENT, NODE, SYN)).1, tuple(CLIENT, "10.0.0.2:80"), "a new connection");
+        assert_eq!(leaves(&fake, packet("10.0.0.1:80", CLIENT, ACK)).0, Action::Pass);
+        assert_eq!(leaves(&fake, packet("10.0.0.2:80", CLIENT, SYN | ACK)).0, Action::Rewrite);
+    }
+}
+
+#[test]
+fn one_client_port_may_reach_one_backend_by_two_frontends() {
+    let mut fake = node(true);
+    fake.serve(tcp("0.0.0.0:30081"), 2, &["10.0.0.1:80"]);
+    fake.slots[1].flags = slot_flags::LOCAL;
+    assert_eq!(arrives(&fake, packet(CLIENT, NODE, SYN)).0, Action::Rewrite);
+    let (action, second) = arrives(&fake, packet(CLIENT, "172.16.0.1:30081", SYN));
+    assert_eq!((action, second.src), (Action::Forward, endpoint(NODE).addr));
+    assert_eq!(arrives(&fake, Packet { tuple: second.reversed(), tcp: ACK }).1, tuple("172.16.0.1:30081", CLIENT));
+    assert_eq!(leaves(&fake, packet("10.0.0.1:80", CLIENT, ACK)).1, tuple(NODE, CLIENT));
+}
