@@ -9,9 +9,9 @@ use anyhow::Result;
 use clap::Parser;
 
 fn main() -> Result<()> {
-    // The runtime calls the pod network's plugin by this name: no flags, and as little start-up as possible.
+    // The runtime calls the pod network's plugins by these names: no flags, and as little start-up as possible.
     let called_as = std::env::args_os().next().unwrap_or_default();
-    if Path::new(&called_as).file_name().is_some_and(|name| name == "outrigger-cni") {
+    if outrigger_network::cni::is_plugin(Path::new(&called_as)) {
         std::process::exit(outrigger_network::cni_main());
     }
     let config::Command::Run(options) = config::Command::parse();

@@ -16,6 +16,13 @@ use crate::netns;
 
 /// The name under which the agent's binary acts as the plugin, and `type` in the configuration.
 pub const PLUGIN_NAME: &str = "outrigger-cni";
+/// The other plugin that the binary acts as: runtimes run one of this name for every sandbox, whatever the configuration.
+pub const LOOPBACK_NAME: &str = "loopback";
+
+/// Whether a program called by this path is to be [`cni_main`].
+pub fn is_plugin(called_as: &std::path::Path) -> bool {
+    called_as.file_name().is_some_and(|name| name == PLUGIN_NAME || name == LOOPBACK_NAME)
+}
 
 /// The runtime's order, from the environment.
 struct Order {
@@ -56,7 +63,10 @@ pub fn run(input: &[u8], environment: impl Fn(&str) -> Option<String>) -> (Versi
         Err(error) => return (Version::NEWEST, Err(error)),
     };
     let version = config.version;
-    (version, read_order(environment).and_then(|order| carry_out(&order, &config)))
+    (
+        version,
+        read_order(environment).and_then(|order| if config.is_loopback { loopback(&order, &config) } else { carry_out(&order, &config) }),
+    )
 }
 
 fn read_order(environment: impl Fn(&str) -> Option<String>) -> Result<Order> {
@@ -96,6 +106,13 @@ fn carry_out(order: &Order, config: &NetConfig) -> Result<Option<serde_json::Val
         "STATUS" => status(config).map(|()| None),
         other => Err(Error::environment(format!("unknown CNI_COMMAND: {other}"))),
     }
+}
+
+/// The sandbox's own `lo`: up is all that it has to be.
+fn loopback(order: &Order, config: &NetConfig) -> Result<Option<serde_json::Value>> {
+    let Some(namespace) = order.namespace.as_deref().filter(|_| matches!(order.command.as_str(), "ADD" | "CHECK")) else { return Ok(None) };
+    attach::raise_loopback(namespace)?;
+    Ok((order.command == "ADD").then(|| attach::loopback_result(config.version, namespace)))
 }
 
 fn add(order: &Order, config: &NetConfig) -> Result<serde_json::Value> {

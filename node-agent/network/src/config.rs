@@ -7,7 +7,7 @@ use std::path::Path;
 use ipnet::IpNet;
 use serde_json::json;
 
-use crate::cni::PLUGIN_NAME;
+use crate::cni::{LOOPBACK_NAME, PLUGIN_NAME};
 
 const FILE_NAME: &str = "10-outrigger.conflist";
 /// What Debian's containerd 1.6 speaks; newer runtimes take it as well.
@@ -45,20 +45,30 @@ fn render(data_dir: &Path, pod_cidrs: &[IpNet], mtu: u32) -> String {
     format!("{document:#}\n")
 }
 
-/// Makes `directory/outrigger-cni` lead to `binary`.
+/// Makes `directory/outrigger-cni` lead to `binary`, and `directory/loopback` too unless somebody installed one.
 pub fn install_plugin(directory: &Path, binary: &Path) -> io::Result<()> {
-    let link = directory.join(PLUGIN_NAME);
-    if fs::read_link(&link).is_ok_and(|target| target == binary) {
+    fs::create_dir_all(directory)?;
+    link(&directory.join(PLUGIN_NAME), binary)?;
+    let loopback = directory.join(LOOPBACK_NAME);
+    let is_foreign = match fs::read_link(&loopback) {
+        Ok(target) => target.file_name() != binary.file_name(),
+        // No link: a file, or nothing.
+        Err(_) => loopback.exists(),
+    };
+    if is_foreign { Ok(()) } else { link(&loopback, binary) }
+}
+
+fn link(path: &Path, target: &Path) -> io::Result<()> {
+    if fs::read_link(path).is_ok_and(|current| current == target) {
         return Ok(());
     }
-    fs::create_dir_all(directory)?;
-    let temporary = directory.join(format!(".{PLUGIN_NAME}.new"));
+    let temporary = path.with_extension("new");
     match fs::remove_file(&temporary) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    symlink(binary, &temporary)?;
-    fs::rename(&temporary, &link)
+    symlink(target, &temporary)?;
+    fs::rename(&temporary, path)
 }
 
 #[cfg(test)]
@@ -84,6 +94,11 @@ mod tests {
         for binary in ["/a/outrigger-node", "/b/outrigger-node"] {
             install_plugin(directory.path(), Path::new(binary)).unwrap();
             assert_eq!(fs::read_link(directory.path().join(PLUGIN_NAME)).unwrap(), Path::new(binary));
+            assert_eq!(fs::read_link(directory.path().join("loopback")).unwrap(), Path::new(binary));
         }
+        let other = tempfile::tempdir().unwrap();
+        fs::write(other.path().join("loopback"), "another's").unwrap();
+        install_plugin(other.path(), Path::new("/a/outrigger-node")).unwrap();
+        assert_eq!(fs::read_to_string(other.path().join("loopback")).unwrap(), "another's");
     }
 }

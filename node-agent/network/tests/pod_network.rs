@@ -182,6 +182,16 @@ fn pods_reach_each_other_and_the_outside() {
 }
 
 #[test]
+fn the_loopback_of_a_sandbox_is_raised() {
+    let (node, pod) = (Node::new(&[]), Namespace::new());
+    assert!(pod.shell("ip", "link show lo").contains("state DOWN"));
+    let result = node.cni("ADD", "a", &pod, json!({"cniVersion": "0.3.1", "name": "cni-loopback", "type": "loopback"}));
+    assert_eq!((&result["interfaces"][0]["name"], &result["ips"][0]["address"]), (&json!("lo"), &json!("127.0.0.1/8")), "{result}");
+    assert!(pod.shell("ip", "link show lo").contains("UP"));
+    assert_eq!(node.cni("DEL", "a", &pod, json!({"type": "loopback"})), Value::Null);
+}
+
+#[test]
 fn a_repeated_add_keeps_the_address_and_gc_frees_the_rest() {
     let node = Node::new(&["10.244.1.0/24"]);
     let (pod_a, pod_b) = (Namespace::new(), Namespace::new());

@@ -54,7 +54,8 @@ impl Plan {
             Interface { name: &self.host_interface, mac: mac_text(HOST_MAC), mtu: self.mtu, sandbox: None },
             Interface { name: &self.interface, mac: mac_text(self.pod_mac), mtu: self.mtu, sandbox: Some(&sandbox) },
         ];
-        let addresses: Vec<(IpNet, IpAddr)> = self.addresses.iter().map(|address| (IpNet::from(*address), gateway(*address))).collect();
+        let addresses: Vec<(IpNet, Option<IpAddr>)> =
+            self.addresses.iter().map(|address| (IpNet::from(*address), Some(gateway(*address)))).collect();
         message::result(version, &interfaces, &addresses)
     }
 }
@@ -252,6 +253,21 @@ fn link_name(link: &LinkMessage) -> Option<String> {
         LinkAttribute::IfName(name) => Some(name.clone()),
         _ => None,
     })
+}
+
+/// Brings up the namespace's `lo`.
+pub fn raise_loopback(namespace: &Path) -> Result<()> {
+    netns::within(namespace, || netns::block_on(async { bring_up(&netlink()?, 1).await }))??;
+    Ok(())
+}
+
+pub fn loopback_result(version: Version, namespace: &Path) -> serde_json::Value {
+    let sandbox = namespace.to_string_lossy();
+    let interface = Interface { name: "lo", mac: mac_text([0; 6]), mtu: 65536, sandbox: Some(&sandbox) };
+    let address = |address: IpAddr, length| IpNet::new(address, length).map(|net| (net, None));
+    let addresses: Vec<_> =
+        [address(Ipv4Addr::LOCALHOST.into(), 8), address(Ipv6Addr::LOCALHOST.into(), 128)].into_iter().flatten().collect();
+    message::result(version, &[interface], &addresses)
 }
 
 /// CHECK: the interface, its addresses and the default routes in the pod, and the routes to it on the host.

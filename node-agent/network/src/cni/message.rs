@@ -112,6 +112,8 @@ pub fn version_document(input: &[u8]) -> Value {
 #[derive(Debug)]
 pub struct NetConfig {
     pub version: Version,
+    /// The runtime's own configuration for `lo`.
+    pub is_loopback: bool,
     pub pod_cidrs: Vec<IpNet>,
     pub data_dir: PathBuf,
     pub mtu: u32,
@@ -126,6 +128,8 @@ struct RawConfig {
     cni_version: String,
     #[serde(default)]
     name: String,
+    #[serde(default, rename = "type")]
+    kind: String,
     #[serde(default, rename = "podCIDRs")]
     pod_cidrs: Vec<IpNet>,
     #[serde(default)]
@@ -156,11 +160,13 @@ impl NetConfig {
         if raw.name.is_empty() {
             return Err(Error::new(INVALID_CONFIG, "missing network name", ""));
         }
-        if raw.data_dir.as_os_str().is_empty() {
+        let is_loopback = raw.kind == super::LOOPBACK_NAME;
+        if raw.data_dir.as_os_str().is_empty() && !is_loopback {
             return Err(Error::new(INVALID_CONFIG, "missing dataDir", ""));
         }
         Ok(Self {
             version,
+            is_loopback,
             pod_cidrs: raw.pod_cidrs,
             data_dir: raw.data_dir,
             mtu: raw.mtu,
@@ -212,8 +218,8 @@ pub struct Interface<'a> {
     pub sandbox: Option<&'a str>,
 }
 
-/// The result of ADD: `addresses` belong to the last of `interfaces`.
-pub fn result(version: Version, interfaces: &[Interface<'_>], addresses: &[(IpNet, IpAddr)]) -> Value {
+/// The result of ADD: `addresses`, each with its gateway, belong to the last of `interfaces`.
+pub fn result(version: Version, interfaces: &[Interface<'_>], addresses: &[(IpNet, Option<IpAddr>)]) -> Value {
     let last = interfaces.len().saturating_sub(1);
     let interfaces: Vec<Value> = interfaces
         .iter()
@@ -231,17 +237,21 @@ pub fn result(version: Version, interfaces: &[Interface<'_>], addresses: &[(IpNe
     let ips: Vec<Value> = addresses
         .iter()
         .map(|(address, gateway)| {
-            let mut value = json!({"interface": last, "address": address.to_string(), "gateway": gateway.to_string()});
+            let mut value = json!({"interface": last, "address": address.to_string()});
+            if let Some(gateway) = gateway {
+                value["gateway"] = json!(gateway.to_string());
+            }
             if version < Version::V1_0 {
                 value["version"] = json!(if address.addr().is_ipv4() { "4" } else { "6" });
             }
             value
         })
         .collect();
-    let routes: Vec<Value> = addresses
-        .iter()
-        .map(|(address, gateway)| json!({"dst": if address.addr().is_ipv4() { "0.0.0.0/0" } else { "::/0" }, "gw": gateway.to_string()}))
-        .collect();
+    let route = |(address, gateway): &(IpNet, Option<IpAddr>)| {
+        let everywhere = if address.addr().is_ipv4() { "0.0.0.0/0" } else { "::/0" };
+        gateway.map(|gateway| json!({"dst": everywhere, "gw": gateway.to_string()}))
+    };
+    let routes: Vec<Value> = addresses.iter().filter_map(route).collect();
     json!({"cniVersion": version.as_str(), "interfaces": interfaces, "ips": ips, "routes": routes, "dns": {}})
 }
 
@@ -270,7 +280,7 @@ mod tests {
                 Interface { name: "eth0", mac: "bb".into(), mtu: 1500, sandbox: Some(sandbox) },
             ]
         };
-        let addresses = [("10.0.0.5/32".parse().unwrap(), "169.254.1.1".parse().unwrap())];
+        let addresses = [("10.0.0.5/32".parse().unwrap(), Some("169.254.1.1".parse().unwrap()))];
         let new = result(Version::parse("1.1.0").unwrap(), &interfaces("/ns"), &addresses);
         assert_eq!(
             new,
