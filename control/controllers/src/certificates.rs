@@ -72,10 +72,11 @@ fn is_kubelet_client(request: &CertificateSigningRequest) -> bool {
 
 /// Approves if the requester may: for itself as a node, or as one that brings nodes in.
 async fn approve(informers: &Informers, request: &CertificateSigningRequest) -> Outcome {
-    if !is_kubelet_client(request) {
+    let user = request.spec.username.clone().unwrap_or_default();
+    // Nobody can be asked whether they may if they aren't named.
+    if !is_kubelet_client(request) || user.is_empty() {
         return Ok(None);
     }
-    let user = request.spec.username.clone().unwrap_or_default();
     let recognizers = [
         ("selfnodeclient", user.starts_with("system:node:"), "Auto approving self kubelet client certificate after SubjectAccessReview."),
         ("nodeclient", true, "Auto approving kubelet client certificate after SubjectAccessReview."),

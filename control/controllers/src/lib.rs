@@ -13,11 +13,13 @@ pub mod store;
 pub mod worker;
 
 pub mod certificates;
+pub mod daemonset;
 pub mod deployment;
 pub mod discovery;
 pub mod endpoints;
 pub mod endpointslice;
 pub mod garbage;
+pub mod history;
 pub mod job;
 pub mod mirroring;
 pub mod namespace;
@@ -25,6 +27,7 @@ pub mod nodes;
 pub mod replicaset;
 pub mod root_ca;
 pub mod serviceaccount;
+pub mod statefulset;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -89,6 +92,8 @@ pub async fn run_with(informers: Arc<Informers>, config: Config, shutdown: impl 
 fn start(context: &Context, tasks: &mut JoinSet<()>) {
     deployment::start(context, tasks);
     replicaset::start(context, tasks);
+    daemonset::start(context, tasks);
+    statefulset::start(context, tasks);
     job::start(context, tasks);
     endpointslice::start(context, tasks);
     endpoints::start(context, tasks);

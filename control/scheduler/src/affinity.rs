@@ -1,55 +1,20 @@
 //! Matching nodes and pods against a pod's selectors and affinity terms (pure).
-use k8s_openapi::api::core::v1::{Node, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, Pod, PodAffinityTerm, PreferredSchedulingTerm};
+use k8s_openapi::api::core::v1::{Node, Pod, PodAffinityTerm, PreferredSchedulingTerm};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
-use outrigger_controllers::objects::{Labels, labels, name, namespace, selects};
-
-fn requirement_matches(requirement: &NodeSelectorRequirement, value: Option<&str>) -> bool {
-    let values = || requirement.values.iter().flatten();
-    match requirement.operator.as_str() {
-        "In" => value.is_some_and(|value| values().any(|entry| entry == value)),
-        "NotIn" => value.is_none_or(|value| !values().any(|entry| entry == value)),
-        "Exists" => value.is_some(),
-        "DoesNotExist" => value.is_none(),
-        operator @ ("Gt" | "Lt") => {
-            let (Some(left), Some(right)) = (value.and_then(|value| value.parse::<i64>().ok()), values().next().and_then(|value| value.parse::<i64>().ok()))
-            else {
-                return false;
-            };
-            if operator == "Gt" { left > right } else { left < right }
-        }
-        _ => false,
-    }
-}
-
-/// A term without any requirement matches nothing.
-fn term_matches(term: &NodeSelectorTerm, node: &Node) -> bool {
-    let expressions: Vec<_> = term.match_expressions.iter().flatten().collect();
-    let fields: Vec<_> = term.match_fields.iter().flatten().collect();
-    if expressions.is_empty() && fields.is_empty() {
-        return false;
-    }
-    expressions.iter().all(|requirement| requirement_matches(requirement, labels(&node.metadata).get(&requirement.key).map(String::as_str)))
-        && fields.iter().all(|requirement| requirement.key == "metadata.name" && requirement_matches(requirement, Some(name(&node.metadata))))
-}
-
-pub fn node_selector_matches(selector: &NodeSelector, node: &Node) -> bool {
-    selector.node_selector_terms.iter().any(|term| term_matches(term, node))
-}
+use outrigger_controllers::nodes::selection;
+pub use outrigger_controllers::nodes::selection::selector_matches as node_selector_matches;
+use outrigger_controllers::objects::{Labels, labels, namespace, selects};
 
 /// A pod's nodeSelector and required node affinity together.
 pub fn required_node_matches(pod: &Pod, node: &Node) -> bool {
-    let Some(spec) = &pod.spec else { return true };
-    let plain = spec.node_selector.iter().flatten().all(|(key, value)| labels(&node.metadata).get(key) == Some(value));
-    let affinity = spec.affinity.as_ref().and_then(|affinity| affinity.node_affinity.as_ref());
-    let required = affinity.and_then(|affinity| affinity.required_during_scheduling_ignored_during_execution.as_ref());
-    plain && required.is_none_or(|selector| node_selector_matches(selector, node))
+    pod.spec.as_ref().is_none_or(|spec| selection::required_matches(spec, node))
 }
 
 /// The sum of the weights of the preferences that `node` meets; an empty preference is met by all.
 pub fn preference(terms: &[PreferredSchedulingTerm], node: &Node) -> i64 {
     let met = |term: &&PreferredSchedulingTerm| {
         let empty = term.preference.match_expressions.as_ref().is_none_or(Vec::is_empty) && term.preference.match_fields.as_ref().is_none_or(Vec::is_empty);
-        !empty && term_matches(&term.preference, node)
+        !empty && selection::term_matches(&term.preference, node)
     };
     terms.iter().filter(met).map(|term| i64::from(term.weight)).sum()
 }
@@ -135,42 +100,6 @@ impl PodTerms {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn node(pairs: &[(&str, &str)]) -> Node {
-        let mut node = Node::default();
-        node.metadata.name = Some("n1".into());
-        node.metadata.labels = Some(pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect());
-        node
-    }
-
-    fn term(key: &str, operator: &str, values: &[&str]) -> NodeSelectorTerm {
-        NodeSelectorTerm {
-            match_expressions: Some(vec![NodeSelectorRequirement {
-                key: key.into(),
-                operator: operator.into(),
-                values: Some(values.iter().map(|value| (*value).to_owned()).collect()),
-            }]),
-            match_fields: None,
-        }
-    }
-
-    #[test]
-    fn node_terms_compare_as_their_operator_says() {
-        let node = node(&[("disk", "ssd"), ("cores", "8")]);
-        let cases = [
-            (term("disk", "In", &["ssd", "hdd"]), true),
-            (term("disk", "NotIn", &["ssd"]), false),
-            (term("gpu", "NotIn", &["x"]), true),
-            (term("cores", "Gt", &["4"]), true),
-            (term("cores", "Lt", &["4"]), false),
-            (term("disk", "Gt", &["4"]), false),
-            (term("gpu", "DoesNotExist", &[]), true),
-            (NodeSelectorTerm::default(), false),
-        ];
-        for (term, expected) in cases {
-            assert_eq!(term_matches(&term, &node), expected, "{term:?}");
-        }
-    }
 
     #[test]
     fn a_term_without_namespaces_means_the_pods_own() {

@@ -175,15 +175,30 @@ impl Monitor {
                 Some(UNKNOWN) => Some(UNREACHABLE),
                 _ => None,
             };
-            let Some(taints) = with_no_execute(node, wanted) else { continue };
+            if with_no_execute(node, wanted).is_none() {
+                continue;
+            }
             let has_other = taints::taints(node).iter().any(|taint| taint.effect == "NoExecute" && [NOT_READY, UNREACHABLE].contains(&taint.key.as_str()));
             if wanted.is_some() && !has_other && !self.may_taint(&zone(node), zones.get(&zone(node))) {
                 continue;
             }
-            if let Err(error) = taints::write(&self.informers.nodes, node, taints).await
-                && !error.is_conflict()
-            {
+            if let Err(error) = self.write_taints(node, wanted).await {
                 warn!(node = name(&node.metadata), error = %error.message(), "can't change the node's taints; next pass tries again");
+            }
+        }
+    }
+
+    /// Others write nodes at the same moment, for the same reasons: a conflict is tried again at once.
+    async fn write_taints(&self, node: &Node, wanted: Option<&str>) -> Result<(), SyncError> {
+        let key = Key::of(node);
+        let mut attempts = 0;
+        loop {
+            let Some(current) = self.informers.nodes.get(&key) else { return Ok(()) };
+            let Some(taints) = with_no_execute(&current, wanted) else { return Ok(()) };
+            attempts += 1;
+            match taints::write(&self.informers.nodes, &current, taints).await {
+                Err(error) if error.is_conflict() && attempts < 5 => tokio::time::sleep(Duration::from_millis(20 * attempts)).await,
+                other => return other.map(drop),
             }
         }
     }

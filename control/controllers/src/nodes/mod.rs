@@ -3,6 +3,7 @@ pub mod eviction;
 pub mod health;
 pub mod ipam;
 pub mod pod_gc;
+pub mod selection;
 pub mod taints;
 
 use tokio::task::JoinSet;
