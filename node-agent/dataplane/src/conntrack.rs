@@ -7,17 +7,12 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use netlink_sys::constants::NETLINK_NETFILTER;
-use netlink_sys::{Socket, SocketAddr as NetlinkAddress};
 use outrigger_desired::{Address, Delta, Entry, Family, Frontend, Protocol, Table};
+
+use crate::netlink::{self, Attributes, Builder, Connection};
 
 const CT_GET: u16 = (1 << 8) | 1;
 const CT_DELETE: u16 = (1 << 8) | 2;
-const NLM_F_REQUEST: u16 = 1;
-const NLM_F_ACK: u16 = 4;
-const NLM_F_DUMP: u16 = 0x300;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
-const NLA_TYPE: u16 = 0x3fff;
 
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
@@ -64,13 +59,12 @@ pub fn sweep(table: &Table, delta: &Delta) -> io::Result<usize> {
         }
         Scope::Only(frontends)
     };
-    let socket = Socket::new(NETLINK_NETFILTER)?;
-    socket.connect(&NetlinkAddress::new(0, 0))?;
+    let connection = Connection::open(NETLINK_NETFILTER)?;
     let mut ended = 0;
     for family in Family::ALL {
-        for tracked in dump(&socket, family)? {
+        for tracked in dump(&connection, family)? {
             if is_stale(table, &scope, &tracked) {
-                ended += usize::from(delete(&socket, family, &tracked)?);
+                ended += usize::from(delete(&connection, family, &tracked)?);
             }
         }
     }
@@ -111,105 +105,43 @@ fn is_stale(table: &Table, scope: &Scope, tracked: &Tracked) -> bool {
     }
 }
 
-fn dump(socket: &Socket, family: Family) -> io::Result<Vec<Tracked>> {
-    send(socket, CT_GET, NLM_F_REQUEST | NLM_F_DUMP, family, &[])?;
+fn dump(connection: &Connection, family: Family) -> io::Result<Vec<Tracked>> {
     let mut found = Vec::new();
-    loop {
-        let (datagram, _) = socket.recv_from_full()?;
-        for message in Messages(&datagram) {
-            match message.kind {
-                NLMSG_DONE => return Ok(found),
-                NLMSG_ERROR => return error_of(message.body).map(|()| found),
-                _ => found.extend(message.body.get(4..).and_then(read_tracked)),
-            }
-        }
-    }
+    connection.dump(&message(CT_GET, netlink::DUMP, family, &[]), |message| found.extend(message.body.get(4..).and_then(read_tracked)))?;
+    Ok(found)
 }
 
 /// False when the entry was gone already.
-fn delete(socket: &Socket, family: Family, tracked: &Tracked) -> io::Result<bool> {
-    send(socket, CT_DELETE, NLM_F_REQUEST | NLM_F_ACK, family, &tracked.identity)?;
-    let (datagram, _) = socket.recv_from_full()?;
-    let Some(message) = Messages(&datagram).next() else { return Ok(false) };
-    match error_of(message.body) {
+fn delete(connection: &Connection, family: Family, tracked: &Tracked) -> io::Result<bool> {
+    match connection.request(&message(CT_DELETE, netlink::ACK, family, &tracked.identity)) {
         Ok(()) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
         Err(error) => Err(error),
     }
 }
 
-fn send(socket: &Socket, kind: u16, flags: u16, family: Family, attributes: &[u8]) -> io::Result<()> {
+fn message(kind: u16, flags: u16, family: Family, attributes: &[u8]) -> Vec<u8> {
     let family = match family {
         Family::V4 => libc::AF_INET,
         Family::V6 => libc::AF_INET6,
-    } as u8;
-    let length = 20 + attributes.len();
-    let mut message = Vec::with_capacity(length);
-    message.extend_from_slice(&(length as u32).to_ne_bytes());
-    message.extend_from_slice(&kind.to_ne_bytes());
-    message.extend_from_slice(&flags.to_ne_bytes());
-    message.extend_from_slice(&[0; 8]); // sequence and port: one request at a time
-    message.extend_from_slice(&[family, 0, 0, 0]);
-    message.extend_from_slice(attributes);
-    socket.send(&message, 0).map(|_| ())
-}
-
-/// The body of an NLMSG_ERROR: zero is an acknowledgement.
-fn error_of(body: &[u8]) -> io::Result<()> {
-    match body.first_chunk().map(|code| i32::from_ne_bytes(*code)) {
-        Some(0) => Ok(()),
-        Some(code) => Err(io::Error::from_raw_os_error(-code)),
-        None => Err(io::ErrorKind::UnexpectedEof.into()),
-    }
-}
-
-struct Message<'a> {
-    kind: u16,
-    body: &'a [u8],
-}
-
-/// The netlink messages of a datagram.
-struct Messages<'a>(&'a [u8]);
-
-impl<'a> Iterator for Messages<'a> {
-    type Item = Message<'a>;
-
-    fn next(&mut self) -> Option<Message<'a>> {
-        let length = u32::from_ne_bytes(*self.0.first_chunk()?) as usize;
-        let kind = u16::from_ne_bytes(*self.0.get(4..)?.first_chunk()?);
-        let body = self.0.get(16..length)?;
-        self.0 = self.0.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some(Message { kind, body })
-    }
-}
-
-/// The attributes of a message: type, value, and the whole attribute with its padding.
-struct Attributes<'a>(&'a [u8]);
-
-impl<'a> Iterator for Attributes<'a> {
-    type Item = (u16, &'a [u8], &'a [u8]);
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let length = usize::from(u16::from_ne_bytes(*self.0.first_chunk()?));
-        let kind = u16::from_ne_bytes(*self.0.get(2..)?.first_chunk()?) & NLA_TYPE;
-        let value = self.0.get(4..length)?;
-        let padded = length.next_multiple_of(4).min(self.0.len());
-        let (whole, rest) = self.0.split_at(padded);
-        self.0 = rest;
-        Some((kind, value, whole))
-    }
+    };
+    let mut builder = Builder::default();
+    builder.begin(kind, flags, &[family as u8, 0, 0, 0]);
+    builder.raw(attributes);
+    builder.end();
+    builder.take()
 }
 
 fn read_tracked(attributes: &[u8]) -> Option<Tracked> {
     let (mut original, mut reply, mut identity) = (None, None, Vec::new());
-    for (kind, value, whole) in Attributes(attributes) {
-        match kind {
-            CTA_TUPLE_ORIG => original = read_tuple(value),
-            CTA_TUPLE_REPLY => reply = read_tuple(value),
+    for attribute in Attributes(attributes) {
+        match attribute.kind {
+            CTA_TUPLE_ORIG => original = read_tuple(attribute.value),
+            CTA_TUPLE_REPLY => reply = read_tuple(attribute.value),
             _ => {}
         }
-        if matches!(kind, CTA_TUPLE_ORIG | CTA_ID | CTA_ZONE) {
-            identity.extend_from_slice(whole);
+        if matches!(attribute.kind, CTA_TUPLE_ORIG | CTA_ID | CTA_ZONE) {
+            identity.extend_from_slice(attribute.whole);
         }
     }
     Some(Tracked { original: original?, reply: reply?, identity })
@@ -218,9 +150,10 @@ fn read_tracked(attributes: &[u8]) -> Option<Tracked> {
 fn read_tuple(attributes: &[u8]) -> Option<Tuple> {
     let (mut source, mut destination) = (None, None);
     let (mut protocol, mut source_port, mut destination_port) = (None, None, None);
-    for (group, value, _) in Attributes(attributes) {
-        for (kind, value, _) in Attributes(value) {
-            match (group, kind) {
+    for group in Attributes(attributes) {
+        for attribute in Attributes(group.value) {
+            let value = attribute.value;
+            match (group.kind, attribute.kind) {
                 (1, 1) => source = v4(value),
                 (1, 2) => destination = v4(value),
                 (1, 3) => source = v6(value),

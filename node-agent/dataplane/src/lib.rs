@@ -3,6 +3,7 @@ pub mod backend;
 pub mod config;
 pub mod conntrack;
 pub mod ebpf;
+mod netlink;
 pub mod nftables;
 pub mod probe;
 pub mod proxy;

@@ -44,7 +44,9 @@ impl Host {
         match request {
             Request::Serve { transport: Transport::Tcp, address, name } => serve_tcp(TcpListener::bind(address)?, name),
             Request::Serve { transport: Transport::Udp, address, name } => serve_udp(UdpSocket::bind(address)?, name),
-            Request::Dial { transport, target } => Ok(outcome(open(transport, target, true).and_then(|mut connection| ask(&mut connection)))),
+            Request::Dial { transport, target } => {
+                Ok(outcome(open(transport, target, true).and_then(|mut connection| ask(&mut connection))))
+            }
             Request::Open { id, transport, target, connected } => match open(transport, target, connected) {
                 Ok(mut connection) => {
                     let answer = outcome(ask(&mut connection));

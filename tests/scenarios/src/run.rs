@@ -75,9 +75,14 @@ impl Player<'_> {
                 let target = to.parse()?;
                 let single = !matches!(expect, Expect::From(_) | Expect::OneOf(_));
                 let dials = if single { 1 } else { DIALS };
-                let replies: Result<Vec<Reply>> =
-                    (0..dials).map(|_| self.world.ask(*from, &Request::Dial { transport: *transport, target })).collect();
-                check(&replies?, target, expect)
+                let mut replies = Vec::new();
+                for _ in 0..dials {
+                    replies.push(self.world.ask(*from, &Request::Dial { transport: *transport, target })?);
+                    if !matches!(replies.last(), Some(Reply::Answer { .. })) {
+                        break;
+                    }
+                }
+                check(&replies, target, expect)
             }
             Step::Open { id, from, transport, to, expect } => self.open(id, *from, *transport, to, true, expect),
             Step::OpenUnconnected { id, from, to, expect } => self.open(id, *from, Transport::Udp, to, false, expect),

@@ -50,7 +50,11 @@ pub struct ProxyConfig {
 pub enum Reply {
     Done,
     /// A server's answer; `seen_from` is who the client believes it talks to.
-    Answer { name: String, peer: IpAddr, seen_from: SocketAddr },
+    Answer {
+        name: String,
+        peer: IpAddr,
+        seen_from: SocketAddr,
+    },
     Streamed(usize),
     Refused,
     Reset,

@@ -102,7 +102,8 @@ impl World {
             pin_dir,
             host_program: host_program.into(),
         };
-        let servers = [(Place::PodA, "a", "[::]"), (Place::PodB, "b", "[::]"), (Place::Remote, "r", POD_R), (Place::Remote, "r", "[fd00:244:2::a]")];
+        let servers =
+            [(Place::PodA, "a", "[::]"), (Place::PodB, "b", "[::]"), (Place::Remote, "r", POD_R), (Place::Remote, "r", "[fd00:244:2::a]")];
         for (place, name, ip) in servers {
             for transport in [Transport::Tcp, Transport::Udp] {
                 let address = format!("{ip}:{PORT}").parse().context("server address")?;

@@ -5,8 +5,8 @@ use std::process::{Command, Stdio};
 use outrigger_desired::{Delta, Table};
 
 use super::render::{self, Model, Surroundings};
-use crate::conntrack;
 use crate::backend::{Applied, BackendError, Result};
+use crate::conntrack;
 
 #[derive(Debug)]
 pub(super) struct Kernel {
@@ -33,7 +33,8 @@ impl Kernel {
             nft(&text)?;
         }
         // After the rules: what is translated anew meets the new ones.
-        let ended = conntrack::sweep(table, delta).map_err(|error| BackendError::kernel("end tracked connections to gone backends", error))?;
+        let ended =
+            conntrack::sweep(table, delta).map_err(|error| BackendError::kernel("end tracked connections to gone backends", error))?;
         Ok(Applied { upserted: delta.upserts.len(), removed: delta.removals.len(), ended })
     }
 
@@ -60,13 +61,8 @@ impl Kernel {
 /// Runs one transaction given as text.
 pub(super) fn nft(text: &str) -> Result<()> {
     let failed = |error: std::io::Error| BackendError::kernel("run nft", error);
-    let mut child = Command::new("nft")
-        .args(["-f", "-"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(failed)?;
+    let mut child =
+        Command::new("nft").args(["-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().map_err(failed)?;
     if let Some(mut stdin) = child.stdin.take() {
         stdin.write_all(text.as_bytes()).map_err(failed)?;
     }

@@ -113,7 +113,8 @@ const NAT: &str = "	chain nat-prerouting {
 	}
 ";
 
-/// What is left when another backend takes over: translation of established connections needs some nat chain on each hook.
+/// What is left when another backend takes over. Translation of established connections needs some nat chain on each hook, and
+/// connection tracking needs some rule that asks for it: the kernel takes it away with the last such rule.
 pub(super) fn handover() -> String {
     format!(
         "add table inet {TABLE}
@@ -122,7 +123,10 @@ table inet {TABLE} {{
 	chain nat-prerouting {{ type nat hook prerouting priority dstnat; policy accept; }}
 	chain nat-output {{ type nat hook output priority -100; policy accept; }}
 	chain nat-input {{ type nat hook input priority 100; policy accept; }}
-	chain nat-postrouting {{ type nat hook postrouting priority srcnat; policy accept; }}
+	chain nat-postrouting {{
+		type nat hook postrouting priority srcnat; policy accept;
+		ct state established accept
+	}}
 }}
 "
     )
@@ -256,13 +260,7 @@ impl Model {
         }
     }
 
-    fn release(
-        &mut self,
-        needs: &Needs,
-        unused: &mut BTreeMap<Name, ()>,
-        unused_sets: &mut BTreeMap<Name, ()>,
-        steps: &mut Steps,
-    ) {
+    fn release(&mut self, needs: &Needs, unused: &mut BTreeMap<Name, ()>, unused_sets: &mut BTreeMap<Name, ()>, steps: &mut Steps) {
         for (set, key) in &needs.shared {
             if let Some(users) = self.shared.get_mut(&(*set, *key)) {
                 *users -= 1;

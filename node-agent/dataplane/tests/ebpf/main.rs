@@ -214,7 +214,7 @@ fn session_affinity_keeps_a_client_on_its_backend() {
 /// Waits until the socket was ended from outside.
 fn is_ended(stream: &mut TcpStream) -> bool {
     stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
-    match stream.read(&mut [0; 8]) {
+    match stream.read_exact(&mut [0; 8]) {
         Err(error) => error.kind() == ErrorKind::ConnectionAborted,
         Ok(_) => false,
     }

@@ -1,0 +1,195 @@
+//! One frontend's listeners and live flows, and what they share.
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use outrigger_desired::{Entry, Protocol, ServicePortName};
+use tokio::net::UdpSocket;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+
+use super::routes::{Lease, Routes};
+use super::table::{self, Inside};
+
+/// Which endpoint each client had last, by Service port.
+#[derive(Default)]
+pub(super) struct Affinities(Mutex<HashMap<(ServicePortName, Protocol, IpAddr), Sticky>>);
+
+#[derive(Clone, Copy)]
+struct Sticky {
+    endpoint: SocketAddr,
+    until: Instant,
+}
+
+impl Affinities {
+    pub fn is_empty(&self) -> bool {
+        lock(&self.0).is_empty()
+    }
+
+    pub fn sweep(&self, now: Instant) {
+        lock(&self.0).retain(|_, sticky| sticky.until > now);
+    }
+}
+
+/// The task that takes new flows, and the socket that it shares with the flows that live (UDP).
+pub(super) struct Listener {
+    pub task: JoinHandle<()>,
+    pub front: Option<Arc<UdpSocket>>,
+}
+
+impl Listener {
+    /// Resolves when its socket is closed, so that the kernel refuses what comes then.
+    pub async fn close(self) {
+        self.task.abort();
+        // It was cancelled, which is what was asked for.
+        let _ = self.task.await;
+    }
+}
+
+pub(super) struct Service {
+    protocol: Protocol,
+    affinities: Arc<Affinities>,
+    aim: Mutex<Aim>,
+    listeners: Mutex<HashMap<SocketAddr, Listener>>,
+    /// Fronts of listeners that closed, while their flows still have answers to pass on.
+    kept: Mutex<Vec<Arc<UdpSocket>>>,
+    route: Mutex<Option<Arc<Lease>>>,
+    flows: Mutex<Flows>,
+}
+
+/// Where new flows go.
+#[derive(Clone)]
+struct Aim {
+    entry: Arc<Entry>,
+    inside: Arc<Inside>,
+}
+
+#[derive(Default)]
+struct Flows {
+    next: u64,
+    live: HashMap<u64, (SocketAddr, Arc<Notify>)>,
+}
+
+/// A live flow's entry in its Service's list; gone with it.
+pub(super) struct Flow {
+    service: Arc<Service>,
+    id: u64,
+    /// Notified when the flow has to end.
+    pub end: Arc<Notify>,
+    _route: Option<Arc<Lease>>,
+}
+
+impl Drop for Flow {
+    fn drop(&mut self) {
+        lock(&self.service.flows).live.remove(&self.id);
+    }
+}
+
+impl Service {
+    pub fn new(entry: Entry, protocol: Protocol, affinities: Arc<Affinities>) -> Self {
+        let aim = Mutex::new(Aim { entry: Arc::new(entry), inside: Arc::default() });
+        Self {
+            protocol,
+            affinities,
+            aim,
+            listeners: Mutex::default(),
+            kept: Mutex::default(),
+            route: Mutex::default(),
+            flows: Mutex::default(),
+        }
+    }
+
+    pub fn protocol(&self) -> Protocol {
+        self.protocol
+    }
+
+    pub fn entry(&self) -> Arc<Entry> {
+        lock(&self.aim).entry.clone()
+    }
+
+    pub fn update(&self, entry: Entry, inside: Arc<Inside>) {
+        *lock(&self.aim) = Aim { entry: Arc::new(entry), inside };
+    }
+
+    pub fn hold_route(&self, routes: &Arc<Routes>, ip: IpAddr) -> io::Result<()> {
+        let mut route = lock(&self.route);
+        if route.is_none() {
+            *route = Some(Arc::new(routes.hold(ip)?));
+        }
+        Ok(())
+    }
+
+    pub fn listens(&self, address: SocketAddr) -> bool {
+        lock(&self.listeners).contains_key(&address)
+    }
+
+    pub fn opened(&self, address: SocketAddr, listener: Listener) {
+        lock(&self.listeners).insert(address, listener);
+    }
+
+    /// The listeners elsewhere than at `wanted`, to be closed.
+    pub fn others(&self, wanted: &[SocketAddr]) -> Vec<Listener> {
+        lock(&self.listeners).extract_if(|address, _| !wanted.contains(address)).map(|(_, listener)| listener).collect()
+    }
+
+    /// Takes no new flows any more; returns the listeners, to be closed. Those flows that live keep this value, and with it the
+    /// route, until they end.
+    pub fn retire(&self) -> Vec<Listener> {
+        let listeners = self.others(&[]);
+        *lock(&self.kept) = listeners.iter().filter_map(|listener| listener.front.clone()).collect();
+        listeners
+    }
+
+    pub fn admits(&self, client: IpAddr) -> bool {
+        let Aim { entry, inside } = lock(&self.aim).clone();
+        table::admits(&entry, &inside, client)
+    }
+
+    /// The endpoints to try for a new flow, best first.
+    pub fn order(&self, client: IpAddr) -> Vec<SocketAddr> {
+        let Aim { entry, inside } = lock(&self.aim).clone();
+        let sticky = entry.affinity.and_then(|_| {
+            let known = lock(&self.affinities.0).get(&(entry.service.clone(), self.protocol, client)).copied();
+            known.filter(|sticky| sticky.until > Instant::now()).map(|sticky| sticky.endpoint)
+        });
+        table::order(&entry, &inside, client, sticky, random())
+    }
+
+    /// A flow has got through to an endpoint.
+    pub fn begin(self: &Arc<Self>, client: IpAddr, endpoint: SocketAddr) -> Flow {
+        let entry = self.entry();
+        if let Some(timeout) = entry.affinity {
+            let sticky = Sticky { endpoint, until: Instant::now() + timeout };
+            lock(&self.affinities.0).insert((entry.service.clone(), self.protocol, client), sticky);
+        }
+        let end = Arc::new(Notify::new());
+        let mut flows = lock(&self.flows);
+        let id = flows.next;
+        flows.next += 1;
+        flows.live.insert(id, (endpoint, end.clone()));
+        Flow { service: self.clone(), id, end, _route: lock(&self.route).clone() }
+    }
+
+    /// Ends the flows to an endpoint that is gone; returns how many.
+    pub fn end(&self, endpoint: SocketAddr) -> usize {
+        let flows = lock(&self.flows);
+        let dead = flows.live.values().filter(|(other, _)| *other == endpoint);
+        dead.map(|(_, end)| end.notify_one()).count()
+    }
+
+    pub fn end_all(&self) {
+        lock(&self.flows).live.values().for_each(|(_, end)| end.notify_one());
+    }
+}
+
+/// Fair enough for a choice among endpoints: the hasher is seeded by the system and changes with every use.
+fn random() -> usize {
+    use std::hash::{BuildHasher, Hasher};
+    std::hash::RandomState::new().build_hasher().finish() as usize
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

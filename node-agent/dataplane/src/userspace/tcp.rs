@@ -1,0 +1,80 @@
+//! TCP: accept, connect to an endpoint (the next one when that fails), and let bytes, ends and resets through.
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpSocket, TcpStream};
+
+use super::forward::{Listener, Service};
+use super::splice;
+
+const BACKLOG: u32 = 4096;
+/// How long each attempt to reach an endpoint may take; the last one repeats.
+const ATTEMPTS: [Duration; 4] = [Duration::from_millis(250), Duration::from_millis(500), Duration::from_secs(1), Duration::from_secs(2)];
+/// A pause when accepting fails for lack of something (file descriptors, memory).
+const BREATH: Duration = Duration::from_millis(50);
+
+pub(super) fn listen(service: &Arc<Service>, address: SocketAddr) -> io::Result<Listener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    let listener = socket.listen(BACKLOG)?;
+    // The task must not keep its own Service alive: dropping that is what closes the listener.
+    let service = Arc::downgrade(service);
+    let task = tokio::spawn(async move {
+        loop {
+            let accepted = listener.accept().await;
+            let Some(service) = service.upgrade() else { return };
+            match accepted {
+                Ok((client, peer)) => {
+                    tokio::spawn(serve(service, client, peer));
+                }
+                Err(error) => {
+                    tracing::debug!(%address, %error, "a connection was not accepted");
+                    tokio::time::sleep(BREATH).await;
+                }
+            }
+        }
+    });
+    Ok(Listener { task, front: None })
+}
+
+async fn serve(service: Arc<Service>, client: TcpStream, peer: SocketAddr) {
+    let ip = peer.ip().to_canonical();
+    if !service.admits(ip) {
+        return splice::reset(client);
+    }
+    let Some((backend, endpoint)) = connect(&service.order(ip)).await else {
+        return splice::reset(client);
+    };
+    let flow = service.begin(ip, endpoint);
+    drop(service);
+    // Small messages shouldn't wait for each other; the ends have decided on that themselves.
+    for stream in [&client, &backend] {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "TCP_NODELAY not set");
+        }
+    }
+    let broken = tokio::select! {
+        moved = splice::both_ways(&client, &backend) => moved.is_err(),
+        () = flow.end.notified() => true,
+    };
+    if broken {
+        splice::reset(client);
+        splice::reset(backend);
+    }
+}
+
+/// The first endpoint that answers. A client isn't told of those that don't.
+async fn connect(order: &[SocketAddr]) -> Option<(TcpStream, SocketAddr)> {
+    for (attempt, endpoint) in order.iter().enumerate() {
+        let patience = ATTEMPTS[attempt.min(ATTEMPTS.len() - 1)];
+        match tokio::time::timeout(patience, TcpStream::connect(endpoint)).await {
+            Ok(Ok(stream)) => return Some((stream, *endpoint)),
+            Ok(Err(error)) => tracing::debug!(%endpoint, %error, "endpoint not reached; trying the next"),
+            Err(_) => tracing::debug!(%endpoint, ?patience, "endpoint doesn't answer; trying the next"),
+        }
+    }
+    None
+}

@@ -1,0 +1,106 @@
+//! UDP: a flow per client, each with a socket of its own towards its endpoint, ended by silence.
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::net::UdpSocket;
+
+use super::forward::{Listener, Service};
+use super::table::any_address;
+
+/// A flow without a datagram for this long is over; conntrack's time for a flow that had answers.
+const SILENCE: Duration = Duration::from_secs(120);
+const LARGEST: usize = 65535;
+
+thread_local! {
+    /// Datagrams are passed on at once, so one buffer per thread is enough for any number of flows.
+    static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; LARGEST].into_boxed_slice());
+}
+
+type Flows = Arc<Mutex<HashMap<SocketAddr, Arc<UdpSocket>>>>;
+
+pub(super) fn listen(service: &Arc<Service>, address: SocketAddr) -> io::Result<Listener> {
+    let socket = std::net::UdpSocket::bind(address)?;
+    socket.set_nonblocking(true)?;
+    let front = Arc::new(UdpSocket::from_std(socket)?);
+    let (service, shared) = (Arc::downgrade(service), front.clone());
+    let task = tokio::spawn(async move {
+        let flows = Flows::default();
+        loop {
+            if front.readable().await.is_err() {
+                return;
+            }
+            let Some(service) = service.upgrade() else { return };
+            // Errors are ICMP answers of clients that are gone, and wake-ups for nothing.
+            while let Ok(()) = pass_on(&service, &front, &flows) {}
+        }
+    });
+    Ok(Listener { task, front: Some(shared) })
+}
+
+/// One datagram from a client to its flow's endpoint.
+fn pass_on(service: &Arc<Service>, front: &Arc<UdpSocket>, flows: &Flows) -> io::Result<()> {
+    BUFFER.with_borrow_mut(|buffer| {
+        let (length, client) = front.try_recv_from(buffer)?;
+        let datagram = &buffer[..length];
+        let known = flows.lock().unwrap_or_else(PoisonError::into_inner).get(&client).cloned();
+        let back = match known {
+            Some(back) => back,
+            None => {
+                if let Err(error) = open(service, front, flows, client, datagram) {
+                    tracing::debug!(%client, %error, "no UDP flow begun");
+                }
+                return Ok(());
+            }
+        };
+        // A full socket loses datagrams, as a full queue on the wire would.
+        let _ = back.try_send(datagram);
+        Ok(())
+    })
+}
+
+fn open(service: &Arc<Service>, front: &Arc<UdpSocket>, flows: &Flows, client: SocketAddr, datagram: &[u8]) -> io::Result<()> {
+    let ip = client.ip().to_canonical();
+    let Some(endpoint) = service.admits(ip).then(|| service.order(ip)).and_then(|order| order.first().copied()) else { return Ok(()) };
+    let socket = std::net::UdpSocket::bind(any_address(endpoint))?;
+    socket.connect(endpoint)?;
+    socket.set_nonblocking(true)?;
+    // The runtime doesn't know yet that it can be written to.
+    socket.send(datagram)?;
+    let back = Arc::new(UdpSocket::from_std(socket)?);
+    flows.lock().unwrap_or_else(PoisonError::into_inner).insert(client, back.clone());
+    let flow = service.begin(ip, endpoint);
+    // The front is the listener's: when that closes, the kernel has to refuse the client's next datagram.
+    let (front, flows) = (Arc::downgrade(front), flows.clone());
+    tokio::spawn(async move {
+        tokio::select! {
+            () = answer(&front, &back, client) => {}
+            () = flow.end.notified() => {}
+        }
+        flows.lock().unwrap_or_else(PoisonError::into_inner).remove(&client);
+    });
+    Ok(())
+}
+
+/// Passes the endpoint's datagrams back to the client until there are none for long, or the endpoint is not there.
+async fn answer(front: &Weak<UdpSocket>, back: &UdpSocket, client: SocketAddr) {
+    loop {
+        match tokio::time::timeout(SILENCE, back.readable()).await {
+            Err(_) | Ok(Err(_)) => return,
+            Ok(Ok(())) => {}
+        }
+        let Some(front) = front.upgrade() else { return };
+        let passed = BUFFER.with_borrow_mut(|buffer| {
+            let length = back.try_recv(buffer)?;
+            let _ = front.try_send_to(&buffer[..length], client);
+            Ok::<(), io::Error>(())
+        });
+        match passed {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return,
+            _ => {}
+        }
+    }
+}
