@@ -4,7 +4,7 @@ use outrigger_api::{Status, meta};
 use serde_json::Value;
 
 use crate::admission::lookup;
-use crate::body::Request;
+use crate::body::{self, Request, Response};
 use crate::call::Call;
 use crate::engine::Engine;
 use crate::proxy::forward::{forward, kubelet};
@@ -74,7 +74,19 @@ pub async fn log(engine: &Engine, call: &Call, request: Request) -> Result<Reply
     }
     let path = format!("/containerLogs/{}/{}/{container}?{}", call.namespace(), meta::name(&pod), options.join("&"));
     let target = kubelet(engine, node)?;
-    Ok(Reply::Whole(forward(request, &target, &path).await?))
+    let answer = forward(request, &target, &path).await?;
+    if answer.status().is_success() { Ok(Reply::Whole(answer)) } else { Err(kubelet_error(answer, meta::name(&pod)).await) }
+}
+
+/// The kubelet answers failures in plain text; clients of the API expect a Status.
+async fn kubelet_error(answer: Response, pod: &str) -> Status {
+    let code = answer.status().as_u16();
+    let text = body::read(answer.into_body()).await.map(|text| String::from_utf8_lossy(&text).into_owned()).unwrap_or_default();
+    match code {
+        400 => Status::bad_request(text),
+        404 => Status::new(404, "NotFound", format!("the server could not find the requested resource ( pods/log {pod})")),
+        _ => Status::internal(text),
+    }
 }
 
 fn check_log_options(call: &Call) -> Result<(), Status> {
