@@ -39,6 +39,9 @@ pub async fn route(engine: &Arc<Engine>, request: Request, info: &RequestInfo, q
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         return Err(if known(&segments) { Status::method_not_allowed() } else { Status::path_not_found() });
     }
+    if matches!(segments.first(), Some(&"api" | &"apis" | &"openapi")) {
+        engine.fresh().await?;
+    }
     let catalog = engine.catalog();
     match segments.as_slice() {
         [] | [""] => Ok(reply::json(200, &paths(&catalog))),

@@ -39,7 +39,7 @@ pub struct Engine {
     pub config: Config,
     pub store: Arc<dyn Store>,
     pub hub: Arc<Hub>,
-    pub catalog: RwLock<Arc<Catalog>>,
+    pub catalog: Arc<RwLock<Arc<Catalog>>>,
     pub authenticator: Authenticator,
     pub authorizer: Union,
     pub rbac: Arc<RbacIndex>,
@@ -187,9 +187,18 @@ impl Engine {
         Err(Status::forbidden(attributes.api_group, attributes.resource, attributes.name, &why))
     }
 
+    /// The resource that a path names. One that is not known yet may come from a definition just written.
+    async fn find(&self, info: &RequestInfo) -> Result<Arc<Resource>, Status> {
+        let lookup = || self.catalog().by_path(&info.group, &info.version, &info.resource).cloned();
+        if let Some(resource) = lookup().filter(|resource| resource.custom.is_none()) {
+            return Ok(resource);
+        }
+        self.fresh().await?;
+        lookup().ok_or_else(Status::path_not_found)
+    }
+
     async fn resource(self: &Arc<Self>, request: Request, info: RequestInfo, query: Query, user: UserInfo) -> Result<Response, Status> {
-        let catalog = self.catalog();
-        let resource = catalog.by_path(&info.group, &info.version, &info.resource).cloned().ok_or_else(Status::path_not_found)?;
+        let resource = self.find(&info).await?;
         let forms = matches!(info.verb.as_str(), "get" | "list" | "watch") || info.verb == "create" || info.verb == "update" || info.verb == "patch";
         let streams = matches!(info.subresource.as_str(), "log" | "exec" | "attach" | "portforward" | "proxy");
         let accept = if streams { negotiate::Accept::default() } else { negotiate::accept(request.headers(), forms)? };

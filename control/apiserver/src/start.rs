@@ -26,6 +26,7 @@ use crate::feed::{self, Listener};
 use crate::metrics::Metrics;
 use crate::openapi::OpenApi;
 use crate::proxy::Kubelets;
+use crate::registry::definition::{self, CatalogListener};
 use crate::registry::service::ServiceAllocator;
 use crate::{bootstrap, server};
 
@@ -44,8 +45,12 @@ impl ApiServer {
         index_fields(&hub, &catalog);
         let rbac = Arc::new(RbacIndex::new());
         let node_graph = Arc::new(NodeGraph::new());
-        let listeners: Vec<Arc<dyn Listener>> =
-            vec![Arc::new(RbacListener(rbac.clone())), Arc::new(NodeListener(node_graph.clone()))];
+        let catalog = Arc::new(RwLock::new(Arc::new(catalog)));
+        let listeners: Vec<Arc<dyn Listener>> = vec![
+            Arc::new(RbacListener(rbac.clone())),
+            Arc::new(NodeListener(node_graph.clone())),
+            Arc::new(CatalogListener(catalog.clone())),
+        ];
         let stream = feed::load(&store, &hub, &listeners).await?;
         let tokens = Arc::new(TokenIssuer::new(config.pki.service_account_key_pem(), &config.issuer, config.api_audiences.clone())?);
         let lookup = Arc::new(CachedObjects { hub: hub.clone(), store: store.clone() });
@@ -62,7 +67,7 @@ impl ApiServer {
             config,
             store: store.clone(),
             hub: hub.clone(),
-            catalog: RwLock::new(Arc::new(catalog)),
+            catalog,
             authenticator,
             authorizer: Union(vec![Arc::new(NodeAuthorizer::new(node_graph.clone())), rbac.clone()]),
             rbac,
@@ -77,6 +82,7 @@ impl ApiServer {
             stop: stopped,
         });
         tokio::spawn(feed::follow(store, hub, listeners, stream));
+        tokio::spawn(definition::clean_up(Arc::downgrade(&engine)));
         bootstrap::run(&engine).await?;
         let services = admission::all(&engine, "", "services", "");
         engine.services.learn(services.iter());

@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::admission::{Attributes, Operation};
 use crate::call::Call;
 use crate::engine::Engine;
-use crate::registry::{service, store_key, stored_bytes, write};
+use crate::registry::{definition, service, store_key, stored_bytes, write};
 
 /// How often a generated name is drawn anew when it is taken.
 const NAME_TRIES: usize = 8;
@@ -45,10 +45,12 @@ async fn attempt(engine: &Engine, call: &Call, mut object: Value) -> Result<Valu
     meta::stamp_new(&mut object, &uuid::Uuid::new_v4().to_string(), now, &name_suffix());
     let name = meta::name(&object).to_string();
     engine.fresh().await?;
+    definition::check_create(engine, call)?;
     let attributes = Attributes { call, operation: Operation::Create, resource, subresource: "", namespace: call.namespace(), name: &name, old: None };
     engine.admission.mutate(engine, &attributes, &mut object).await?;
     outrigger_api::default::apply(resource, &mut object);
     prepare::create(resource, &mut object, now);
+    definition::settle(engine, call, &mut object);
     let errors = validate::create(resource, &object);
     if !errors.is_empty() {
         return Err(call.invalid(&name, &errors));

@@ -10,7 +10,7 @@ use crate::body::Request;
 use crate::call::{Call, parse_dry_run};
 use crate::engine::Engine;
 use crate::negotiate::decode_body;
-use crate::registry::{cached, in_version, list, read_body, service, store_key, stored_bytes, write};
+use crate::registry::{cached, definition, in_version, list, read_body, service, store_key, stored_bytes, write};
 use crate::reply::Reply;
 
 const ORPHAN: &str = "orphan";
@@ -189,6 +189,10 @@ fn next_state(resource: &Resource, options: &DeleteOptions, current: &Value) -> 
     let mut next = current.clone();
     if resource.is("", "Namespace") {
         return namespace_state(options, next);
+    }
+    if definition::is_definition(resource) && !meta::is_deleting(current) {
+        definition::begin_deletion(&mut next);
+        return Some((next, false));
     }
     let finalizers = finalizers_after(resource, options, current);
     let finalizers_change = finalizers.iter().map(String::as_str).ne(meta::finalizers(current));

@@ -1,6 +1,7 @@
 //! The generic registry: every stored kind is created, read, changed and deleted by the same code, driven by its resource's entry.
 
 pub mod create;
+pub mod definition;
 pub mod delete;
 pub mod list;
 pub mod patch;

@@ -9,7 +9,7 @@ use crate::admission::{Attributes, Operation};
 use crate::call::Call;
 use crate::engine::Engine;
 use crate::registry::create::{create, settle_namespace, time_to_live};
-use crate::registry::{cached, current, in_version, service, store_key, stored_bytes, write};
+use crate::registry::{cached, current, definition, in_version, service, store_key, stored_bytes, write};
 
 /// How often a write that lost a race is tried again from the newer object.
 const TRIES: usize = 20;
@@ -121,6 +121,7 @@ async fn step(engine: &Engine, call: &Call, name: &str, operation: Operation, mu
     service::carry_over(resource, &mut new, &old);
     outrigger_api::default::apply(resource, &mut new);
     prepare::update(resource, sub, &mut new, &old, Timestamp::now());
+    definition::settle(engine, call, &mut new);
     engine.admission.mutate(engine, &attributes, &mut new).await?;
     let errors = validate::update(resource, sub, &new, &old);
     if !errors.is_empty() {
