@@ -22,7 +22,7 @@ impl Decoded {
     }
 }
 
-/// Fits a built-in kind's body to its struct: drops unknown fields, nulls and zero values that Go would not write, makes quantities and times canonical. The error is Go's
+/// Fits a built-in kind's body to its struct: drops unknown fields, nulls and zero values that Go would not write, adds those it would, makes quantities and times canonical. The error is Go's
 /// text, without the kind in front. `kind` and `apiVersion` are not compared with the resource.
 pub fn decode(resource: &Resource, object: &mut Value) -> Result<Decoded, String> {
     decode_as(&resource.group, &resource.version, &resource.kind, object)
@@ -80,6 +80,7 @@ impl Walk {
         for key in dropped {
             map.shift_remove(&key);
         }
+        write_zeros(id, map);
         self.owner = outer;
         Ok(())
     }
@@ -105,7 +106,10 @@ impl Walk {
                     if entry.is_null() {
                         *entry = zero(item);
                     }
-                    self.value(item, entry)?;
+                    // The zero time is written as null.
+                    if !entry.is_null() {
+                        self.value(item, entry)?;
+                    }
                     self.path.truncate(length);
                 }
                 Ok(())
@@ -117,7 +121,10 @@ impl Walk {
                     if entry.is_null() {
                         *entry = zero(item);
                     }
-                    self.value(item, entry)?;
+                    // The zero time is written as null.
+                    if !entry.is_null() {
+                        self.value(item, entry)?;
+                    }
                     self.path.truncate(length);
                 }
                 Ok(())
@@ -202,6 +209,30 @@ impl Walk {
 /// Whole numbers also when written as `3.0`.
 fn integer(value: &Value) -> Option<i64> {
     value.as_i64().or_else(|| value.as_f64().filter(|number| number.fract() == 0.0 && number.abs() < 9e15).map(|number| number as i64))
+}
+
+/// The status that Go writes of a kind when nothing is set: counts that are always there are 0.
+pub fn zero_status(resource: &Resource) -> Value {
+    let status = types::by_kind(&resource.group, &resource.version, &resource.kind).and_then(|root| root.field("status"));
+    let mut map = Map::new();
+    if let Some(Shape::Struct(id)) = status.map(|field| &field.shape) {
+        write_zeros(*id, &mut map);
+    }
+    Value::Object(map)
+}
+
+/// Fills in what Go always writes.
+fn write_zeros(id: TypeId, map: &mut Map<String, Value>) {
+    for field in types::graph().types[id].fields.iter().filter(|field| field.write_zero) {
+        if map.contains_key(field.name) {
+            continue;
+        }
+        let mut value = zero(&field.shape);
+        if let (Shape::Struct(id), Value::Object(inner)) = (&field.shape, &mut value) {
+            write_zeros(*id, inner);
+        }
+        map.insert(field.name.to_string(), value);
+    }
 }
 
 fn zero(shape: &Shape) -> Value {
@@ -345,7 +376,7 @@ mod tests {
         .expect("decodes");
         let expected = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"},
             "spec": {"automountServiceAccountToken": false, "volumes": [{"name": "v", "emptyDir": {}}],
-                "containers": [{"name": "c", "resources": {"limits": {"cpu": "500m", "memory": "1Mi"}}}]}});
+                "containers": [{"name": "c", "resources": {"limits": {"cpu": "500m", "memory": "1Mi"}}}]}, "status": {}});
         assert_eq!(object, expected);
         assert_eq!(found.warnings(), ["unknown field \"metadata.foo\"", "unknown field \"spec.containers[0].bar\""]);
     }

@@ -29,6 +29,8 @@ pub struct Field {
     pub shape: Shape,
     /// Zero values (empty text, list or map, 0, false) are left out, as Go leaves out what is no pointer.
     pub omit_zero: bool,
+    /// Zero values are written also when the field is absent, as Go writes what is neither a pointer nor left out by omitempty.
+    pub write_zero: bool,
     pub merge: Merge,
 }
 
@@ -140,13 +142,14 @@ impl Graph {
         let mut words = line.split(' ');
         let name = words.next().unwrap_or_default();
         let shape = self.shape(package, words.next().unwrap_or_default());
-        let (mut merge, mut omit_zero) = (Merge::default(), false);
+        let (mut merge, mut omit_zero, mut write_zero) = (Merge::default(), false, false);
         for fact in words {
             match fact.split_once('=') {
                 Some(("p", key)) => merge.patch_key = Some(key),
                 Some(("m", keys)) => merge.list = ListType::Map(keys.split(',').collect()),
                 _ => match fact {
                     "o" => omit_zero = true,
+                    "w" => write_zero = true,
                     "p" => merge.patch_scalars = true,
                     "k" => merge.retain_keys = true,
                     "r" => merge.replace = true,
@@ -155,7 +158,7 @@ impl Graph {
                 },
             }
         }
-        Field { name, shape, omit_zero, merge }
+        Field { name, shape, omit_zero, write_zero, merge }
     }
 
     fn shape(&self, package: &'static str, text: &'static str) -> Shape {

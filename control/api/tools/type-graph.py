@@ -5,7 +5,7 @@ how lists merge. `type-graph.py .../k8s.io/kubernetes@v1.35.4/api/openapi-spec/s
 A type is a line `group/version Name`; its fields follow, indented: `name shape [facts]`.
 shape: s string, i int32, l int64, d double, b bool, y base64, t time, T micro time, q quantity, I int-or-string, j any JSON,
        R embedded object, `Name` or `group/version Name` a struct; `[]` before it a list, `{}` a map of it.
-facts: o zero values are left out of JSON (omitempty and no pointer), p=KEY patch merge key, p patch merge of scalars, k retainKeys, r replace, m=A,B list-map keys, u list set, a atomic.
+facts: o zero values are left out of JSON (omitempty and no pointer), w zero values are written (structs, and no omitempty), p=KEY patch merge key, p patch merge of scalars, k retainKeys, r replace, m=A,B list-map keys, u list set, a atomic.
 """
 import glob, json, re, sys
 
@@ -45,7 +45,7 @@ def shape(prop, package, reach):
 
 
 def go_structs():
-    """{(package, Name): [(json name, type, omitempty, inlined)]} of every types.go that matters."""
+    """{(package, Name): [(json name, type, omitempty, inlined, held by value)]} of every types.go that matters."""
     structs = {}
     root = sys.argv[2]
     patterns = ["api@*/*/v[12]/types*.go", "apimachinery@*/pkg/apis/meta/v1/types.go", "apiextensions-apiserver@*/pkg/apis/apiextensions/v1/types*.go",
@@ -59,28 +59,41 @@ def go_structs():
                 current = None
             elif current is not None and (field := re.match(r'\t(?:\w+\s+)?([\w.*\[\]]+)\s+`.*json:"([^"]*)"', line)):
                 name, *options = field[2].split(",")
-                current.append((name, field[1], "omitempty" in options, "inline" in options))
+                # Neither a pointer nor left out by omitzero: always there in Go.
+                held = not field[1].startswith("*") and "omitzero" not in options
+                current.append((name, field[1], "omitempty" in options, "inline" in options, held))
     return structs
 
 
 STRUCTS = go_structs()
 
 
-def omitted(key):
-    """Names of the struct's fields that Go leaves out when they are zero."""
-    found = set()
-    for name, kind, omitempty, inlined in STRUCTS.get(key, []):
+def held_fields(key):
+    """{json name: omitempty} of the struct's fields that are no pointers."""
+    found = {}
+    for name, kind, omitempty, inlined, held in STRUCTS.get(key, []):
         if inlined:
             package, _, base = kind.rpartition(".")
             target = {"metav1": "meta/v1", "v1": "core/v1", "corev1": "core/v1"}.get(package, key[0])
-            found |= omitted((target, base))
-        elif omitempty and not kind.startswith("*"):
-            found.add(name)
+            found |= held_fields((target, base))
+        elif held:
+            found[name] = omitempty
     return found
 
 
-def facts(prop, omit):
-    out = ["o"] if omit else []
+def zero_fact(shape, omitempty):
+    """o, w, or nothing: lists, maps and times without omitempty are null, which is left out here."""
+    if len(shape) > 1 and shape[0] not in "[{":
+        return "w"
+    if shape in ("q", "I"):
+        return "w"
+    if omitempty:
+        return "o"
+    return "w" if shape in ("s", "i", "l", "b", "d") else ""
+
+
+def facts(prop, zero):
+    out = [zero] if zero else []
     strategy = prop.get("x-kubernetes-patch-strategy", "").split(",")
     if "merge" in strategy:
         key = prop.get("x-kubernetes-patch-merge-key")
@@ -112,9 +125,11 @@ while todo:
     definition = defs[name]
     atomic = " a" if definition.get("x-kubernetes-map-type") == "atomic" else ""
     rows = [f"{package} {short}{atomic}"]
-    omit = omitted((package, short))
+    held = held_fields((package, short))
     for field, prop in sorted(definition.get("properties", {}).items()):
-        rows.append(f" {field} {shape(prop, package, todo)}{facts(prop, field in omit)}")
+        form = shape(prop, package, todo)
+        zero = zero_fact(form, held[field]) if field in held else ""
+        rows.append(f" {field} {form}{facts(prop, zero)}")
     lines[(package, short)] = rows
 for key in sorted(lines):
     print("\n".join(lines[key]))

@@ -134,6 +134,13 @@ pub(super) fn stateful_set_strategy(fields: &mut Fields) {
     }
 }
 
+/// Claim templates say what they are.
+pub(super) fn stateful_set_spec(spec: &mut Fields) {
+    for claim in spec.get_mut("volumeClaimTemplates").and_then(Value::as_array_mut).into_iter().flatten() {
+        crate::meta::set_type(claim, "v1", "PersistentVolumeClaim");
+    }
+}
+
 pub(super) fn job(fields: &mut Fields) {
     let labels = fields.get("spec").map(|spec| spec["template"]["metadata"]["labels"].clone()).unwrap_or_default();
     let spec = crate::meta::map_mut(fields.entry("spec").or_insert_with(|| json!({})));

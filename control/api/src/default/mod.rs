@@ -68,7 +68,7 @@ apps/v1 RollingUpdateDaemonSet maxUnavailable=1 maxSurge=0
 apps/v1 StatefulSet spec+={}
 apps/v1 StatefulSetSpec podManagementPolicy:="OrderedReady" replicas=1 revisionHistoryLimit=10 updateStrategy+={} persistentVolumeClaimRetentionPolicy={}
 apps/v1 StatefulSetPersistentVolumeClaimRetentionPolicy whenDeleted:="Retain" whenScaled:="Retain"
-apps/v1 RollingUpdateStatefulSetStrategy partition=0 maxUnavailable=1
+apps/v1 RollingUpdateStatefulSetStrategy partition=0
 apps/v1 ReplicaSet spec+={}
 apps/v1 ReplicaSetSpec replicas=1
 batch/v1 CronJob spec+={}
@@ -118,6 +118,7 @@ const COMPUTED: &[(&str, &str, Computed)] = &[
     ("apps/v1", "DeploymentStrategy", kinds::rolling_update),
     ("apps/v1", "DaemonSetUpdateStrategy", kinds::rolling_update),
     ("apps/v1", "StatefulSetUpdateStrategy", kinds::stateful_set_strategy),
+    ("apps/v1", "StatefulSetSpec", kinds::stateful_set_spec),
     ("batch/v1", "Job", kinds::job),
     ("autoscaling/v2", "HorizontalPodAutoscalerSpec", kinds::autoscaler),
     ("networking/v1", "NetworkPolicySpec", kinds::network_policy),
@@ -358,7 +359,7 @@ mod tests {
         let set =
             defaulted("apps", "v1", "StatefulSet", json!({"spec": {"volumeClaimTemplates": [{"metadata": {"name": "d"}, "spec": {}}]}}));
         assert_eq!(set["spec"]["volumeClaimTemplates"][0]["spec"], json!({"volumeMode": "Filesystem"}));
-        assert_eq!(set["spec"]["updateStrategy"], json!({"type": "RollingUpdate", "rollingUpdate": {"partition": 0, "maxUnavailable": 1}}));
+        assert_eq!(set["spec"]["updateStrategy"], json!({"type": "RollingUpdate", "rollingUpdate": {"partition": 0}}));
     }
 
     #[test]

@@ -57,7 +57,7 @@ fn pod_level_requests(spec: &mut Map<String, Value>) {
     for (name, sum) in sums.into_iter().filter(|(name, _)| name == "cpu" || name == "memory") {
         requests.entry(name).or_insert(sum);
     }
-    for (name, limit) in limits {
+    for (name, limit) in limits.into_iter().filter(|(name, _)| name == "cpu" || name == "memory" || name.starts_with("hugepages-")) {
         requests.entry(name).or_insert(limit);
     }
 }

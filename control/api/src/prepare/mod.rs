@@ -57,7 +57,7 @@ fn reset_status(resource: &Resource, object: &mut Value) {
     if resource.custom.is_some() {
         meta::remove(object, "status");
     } else {
-        meta::set(object, "status", json!({}));
+        meta::set(object, "status", crate::decode::zero_status(resource));
     }
 }
 

@@ -93,7 +93,7 @@ pub(super) fn update_status(new: &mut Value, old: &Value) {
     }
 }
 
-/// A deprecated single field and the list that replaces it: the first item is the single one.
+/// A deprecated single field and the list that replaces it: the first item is the single one, which wins.
 pub(super) fn mirror(
     map: &mut Map<String, Value>,
     single: &str,
@@ -103,9 +103,9 @@ pub(super) fn mirror(
 ) {
     let first = map.get(list).and_then(|items| items.get(0)).map(unwrap);
     match (map.get(single).filter(|value| !meta::is_empty(value)).cloned(), first) {
-        (Some(value), None) => drop(map.insert(list.into(), json!([wrap(&value)]))),
-        (_, Some(first)) => drop(map.insert(single.into(), first)),
-        (None, None) => {}
+        (Some(value), first) if first.as_ref() != Some(&value) => drop(map.insert(list.into(), json!([wrap(&value)]))),
+        (None, Some(first)) => drop(map.insert(single.into(), first)),
+        _ => {}
     }
 }
 

@@ -45,7 +45,7 @@ fn label_text(map: &Value) -> Value {
 fn selector_text(selector: &Value) -> Value {
     match LabelSelector::from_object(selector) {
         Ok(selector) => or(selector.to_string(), "<none>"),
-        Err(_) => "<invalid>".into(),
+        Err(_) => "<error>".into(),
     }
 }
 
@@ -395,7 +395,7 @@ pub(super) fn address_parent(object: &Value) -> Value {
     let text = |key: &str| meta::text(parent, key);
     let group = if text("group").is_empty() { String::new() } else { format!(".{}", text("group")) };
     let namespace = if text("namespace").is_empty() { String::new() } else { format!("{}/", text("namespace")) };
-    format!("{}{group}/{namespace}{}", text("resource"), text("name")).into()
+    format!("{}/{namespace}{}", format!("{}{group}", text("resource")).to_lowercase(), text("name")).into()
 }
 
 pub(super) fn role_reference(binding: &Value) -> Value {

@@ -285,7 +285,7 @@ fn others(kind: &str) -> &'static [Column] {
         }
         "NetworkPolicy" => columns![NAME, text("Pod-Selector", Computed(cells::pod_selector)), AGE],
         "ServiceCIDR" => columns![NAME, text("CIDRs", Computed(cells::cidrs)), AGE],
-        "IPAddress" => columns![NAME, text("ParentRef", Computed(cells::address_parent)), AGE],
+        "IPAddress" => columns![NAME, text("ParentRef", Computed(cells::address_parent))],
         "Role" | "ClusterRole" => columns![NAME, text("Created At", Text("metadata.creationTimestamp", ""))],
         "RoleBinding" | "ClusterRoleBinding" => columns![
             NAME,

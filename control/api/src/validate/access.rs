@@ -68,7 +68,7 @@ fn binding(root: &Place<'_>, kinds: &[&str], namespaced: bool, found: &mut Findi
                 if !group.is_empty() {
                     found.push(group.unsupported(&[""]));
                 }
-                if !namespaced || subject.at("namespace").is_empty() {
+                if !namespaced {
                     subject.at("namespace").require(found);
                 }
             }

@@ -28,6 +28,7 @@ pub(super) fn create(resource: &Resource, object: &Value, found: &mut Findings) 
     metadata.at("generation").non_negative(found);
     common(&metadata, found);
     finalizers(&metadata.at("finalizers"), found);
+    standard_finalizers(resource, &metadata.at("finalizers"), found);
 }
 
 fn name_check(resource: &Resource) -> fn(&str) -> Vec<String> {
@@ -62,6 +63,15 @@ fn common(metadata: &Place<'_>, found: &mut Findings) {
     labels(&metadata.at("labels"), found);
     annotations(&metadata.at("annotations"), found);
     owners(&metadata.at("ownerReferences"), found);
+    for entry in metadata.at("managedFields").items() {
+        let (operation, kind) = (entry.at("operation"), entry.at("fieldsType"));
+        if !matches!(operation.text(), "Apply" | "Update") {
+            found.push(operation.invalid("must be `Apply` or `Update`"));
+        }
+        if !kind.is_empty() && kind.text() != "FieldsV1" {
+            found.push(kind.invalid("must be `FieldsV1`"));
+        }
+    }
 }
 
 /// A map of labels.
@@ -132,7 +142,7 @@ fn finalizers(list: &Place<'_>, found: &mut Findings) {
     }
 }
 
-pub(super) fn update(new: &Value, old: &Value, found: &mut Findings) {
+pub(super) fn update(resource: &Resource, new: &Value, old: &Value, found: &mut Findings) {
     let metadata = Place::root(new).at("metadata");
     if meta::is_deleting(old) {
         let before: Vec<&str> = meta::finalizers(old).collect();
@@ -150,6 +160,16 @@ pub(super) fn update(new: &Value, old: &Value, found: &mut Findings) {
         metadata.at(field).immutable(found, meta::get(old, &format!("metadata.{field}")));
     }
     common(&metadata, found);
+    standard_finalizers(resource, &metadata.at("finalizers"), found);
+}
+
+/// Built-in kinds allow names without a domain only where Kubernetes itself gave them.
+fn standard_finalizers(resource: &Resource, list: &Place<'_>, found: &mut Findings) {
+    for finalizer in list.items().filter(|_| resource.custom.is_none()) {
+        if !finalizer.text().contains('/') && !matches!(finalizer.text(), "kubernetes" | "orphan" | "foregroundDeletion") {
+            found.push(finalizer.invalid("name is neither a standard finalizer name nor is it fully qualified"));
+        }
+    }
 }
 
 /// A `metav1.LabelSelector`.

@@ -3,6 +3,7 @@ mod access;
 mod config;
 mod containers;
 mod definitions;
+mod jobs;
 mod metadata;
 mod network;
 mod place;
@@ -33,8 +34,8 @@ pub fn create(resource: &Resource, object: &Value) -> Vec<FieldError> {
     let root = Place::root(object);
     match (resource.group.as_ref(), resource.kind.as_ref()) {
         ("", "Pod") => pods::create(&root, &mut found),
-        ("batch", "Job") => workloads::create_job(&root, &mut found),
-        ("batch", "CronJob") => workloads::create_cron_job(&root, &mut found),
+        ("batch", "Job") => jobs::create_job(&root, &mut found),
+        ("batch", "CronJob") => jobs::create_cron_job(&root, &mut found),
         ("apps", "ControllerRevision") => workloads::create_revision(&root, &mut found),
         _ => {}
     }
@@ -44,7 +45,7 @@ pub fn create(resource: &Resource, object: &Value) -> Vec<FieldError> {
 /// Findings for a changed object; `subresource` as in the URL (`status`, `scale`, …).
 pub fn update(resource: &Resource, subresource: Option<&str>, new: &Value, old: &Value) -> Vec<FieldError> {
     let mut found = Findings::new();
-    metadata::update(new, old, &mut found);
+    metadata::update(resource, new, old, &mut found);
     let root = Place::root(new);
     match (resource.group.as_ref(), resource.kind.as_ref(), subresource) {
         ("", "Pod", Some("status")) => pod_update::status(&root, old, &mut found),
@@ -115,8 +116,8 @@ fn workload_kind(kind: &str, root: &Place<'_>, found: &mut Findings) {
         "DaemonSet" => workloads::daemon_set(root, found),
         "StatefulSet" => workloads::stateful_set(root, found),
         "ControllerRevision" => root.at("revision").non_negative(found),
-        "Job" => workloads::job(root, found),
-        "CronJob" => workloads::cron_job(root, found),
+        "Job" => jobs::job(root, found),
+        "CronJob" => jobs::cron_job(root, found),
         _ => {}
     }
 }
@@ -135,7 +136,7 @@ fn changes(resource: &Resource, root: &Place<'_>, old: &Value, found: &mut Findi
         ("apps", "Deployment" | "ReplicaSet" | "DaemonSet") => same_as_old("spec.selector", found),
         ("apps", "StatefulSet") => workloads::update_stateful_set(root, old, found),
         ("apps", "ControllerRevision") => same_as_old("data", found),
-        ("batch", "Job") => workloads::update_job(root, old, found),
+        ("batch", "Job") => jobs::update_job(root, old, found),
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => access::update_binding(root, old, found),
         ("storage.k8s.io", _) => storage::update_class(&resource.kind, root, old, found),
         ("scheduling.k8s.io", "PriorityClass") => policies::update_priority_class(root, old, found),
@@ -160,7 +161,7 @@ fn status(resource: &Resource, root: &Place<'_>, old: &Value, found: &mut Findin
                 root.at("status").at(key).non_negative(found);
             });
         }
-        ("batch", "Job") => workloads::job_status(root, old, found),
+        ("batch", "Job") => jobs::job_status(root, old, found),
         _ => {}
     }
 }

@@ -142,7 +142,7 @@ impl<'a> Place<'a> {
     }
 
     pub fn one_of_if_set(&self, found: &mut Findings, supported: &[&str]) {
-        if self.is_set() && !supported.contains(&self.text()) {
+        if !self.is_empty() && !supported.contains(&self.text()) {
             found.push(self.unsupported(supported));
         }
     }

@@ -14,7 +14,7 @@ pub(super) fn pod(root: &Place<'_>, found: &mut Findings) {
     if mirror.is_set() && spec.at("nodeName").is_empty() {
         found.push(mirror.invalid("must set spec.nodeName if mirror pod annotation is set"));
     }
-    pod_spec(&spec, found);
+    pod_spec(&spec, true, found);
     if spec.at("serviceAccountName").is_empty() {
         for volume in spec.at("volumes").items() {
             for source in volume.at("projected.sources").items() {
@@ -50,19 +50,20 @@ pub(super) fn template(template: &Place<'_>, found: &mut Findings) {
     metadata::labels(&template.at("metadata").at("labels").named(&format!("{}.labels", template.path)), found);
     metadata::annotations(&template.at("metadata").at("annotations").named(&format!("{}.annotations", template.path)), found);
     let spec = template.at("spec");
-    pod_spec(&spec, found);
+    pod_spec(&spec, false, found);
     if !spec.at("ephemeralContainers").is_empty() {
         found.push(spec.at("ephemeralContainers").forbidden("ephemeral containers not allowed in pod template"));
     }
 }
 
-pub(super) fn pod_spec(spec: &Place<'_>, found: &mut Findings) {
+/// `is_pod` tells pods from templates.
+fn pod_spec(spec: &Place<'_>, is_pod: bool, found: &mut Findings) {
     if !spec.at("terminationGracePeriodSeconds").is_set() {
         found.push(spec.at("terminationGracePeriodSeconds").required(""));
     }
     volumes::volumes(&spec.at("volumes"), found);
     containers::all(spec, found);
-    host_network(spec, found);
+    host_network(spec, is_pod, found);
     spec.at("restartPolicy").one_of(found, &["Always", "OnFailure", "Never"]);
     spec.at("dnsPolicy").one_of(found, &["ClusterFirstWithHostNet", "ClusterFirst", "Default", "None"]);
     metadata::labels(&spec.at("nodeSelector"), found);
@@ -120,17 +121,16 @@ fn simple_fields(spec: &Place<'_>, found: &mut Findings) {
     }
 }
 
-/// On the host's network a container port is a host port.
-fn host_network(spec: &Place<'_>, found: &mut Findings) {
+/// On the host's network a container port is a host port. A template may leave it open, since its pods get it by default.
+fn host_network(spec: &Place<'_>, is_pod: bool, found: &mut Findings) {
     if !spec.at("hostNetwork").flag() {
         return;
     }
-    for list in ["containers", "initContainers"] {
-        for port in spec.at(list).items().flat_map(|container| container.at("ports").items().collect::<Vec<_>>()) {
-            let host_port = port.at("hostPort");
-            if host_port.value != port.at("containerPort").value {
-                found.push(host_port.invalid("must match `containerPort` when `hostNetwork` is true"));
-            }
+    for port in spec.at("containers").items().flat_map(|container| container.at("ports").items().collect::<Vec<_>>()) {
+        let host_port = port.at("hostPort").number();
+        if (is_pod || host_port != 0) && host_port != port.at("containerPort").number() {
+            let detail = "must match `containerPort` when `hostNetwork` is true";
+            found.push(FieldError::invalid(port.at("hostPort").path, host_port, detail));
         }
     }
 }
