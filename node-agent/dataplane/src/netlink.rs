@@ -1,7 +1,7 @@
 //! The little of netlink that the Service path speaks itself: messages built and read as bytes, one request at a time.
 //!
-//! nf_tables batches, conntrack deletions and local routes are a few fixed shapes each; a general library would cost more
-//! than the shapes do, and has none of the first two.
+//! Conntrack deletions and local routes are a few fixed shapes each; a general library would cost more than the shapes do,
+//! and has none of the first.
 use std::io;
 
 use netlink_sys::{Socket, SocketAddr};
@@ -9,15 +9,12 @@ use netlink_sys::{Socket, SocketAddr};
 pub const REQUEST: u16 = 1;
 pub const ACK: u16 = 4;
 pub const REPLACE: u16 = 0x100;
-pub const EXCLUDE: u16 = 0x200;
 pub const CREATE: u16 = 0x400;
-pub const APPEND: u16 = 0x800;
 pub const DUMP: u16 = 0x300;
 
 const ERROR: u16 = 2;
 const DONE: u16 = 3;
 const HEADER: usize = 16;
-const NESTED: u16 = 0x8000;
 const TYPE_MASK: u16 = 0x3fff;
 
 /// Builds one or more messages back to back.
@@ -54,42 +51,9 @@ impl Builder {
         self.pad();
     }
 
-    /// A text with its closing zero.
-    pub fn text(&mut self, kind: u16, value: &str) {
-        let length = (value.len() + 5) as u16;
-        self.bytes.extend_from_slice(&length.to_ne_bytes());
-        self.bytes.extend_from_slice(&kind.to_ne_bytes());
-        self.bytes.extend_from_slice(value.as_bytes());
-        self.bytes.push(0);
-        self.pad();
-    }
-
-    /// A number in network byte order, as netfilter has them.
-    pub fn number(&mut self, kind: u16, value: u32) {
-        self.attribute(kind, &value.to_be_bytes());
-    }
-
     /// Attributes that have been built before, with their padding.
     pub fn raw(&mut self, attributes: &[u8]) {
         self.bytes.extend_from_slice(attributes);
-    }
-
-    pub fn nest(&mut self, kind: u16, fill: impl FnOnce(&mut Self)) {
-        let start = self.bytes.len();
-        self.bytes.extend_from_slice(&[0; 2]);
-        self.bytes.extend_from_slice(&(kind | NESTED).to_ne_bytes());
-        fill(self);
-        let length = (self.bytes.len() - start) as u16;
-        self.bytes[start..start + 2].copy_from_slice(&length.to_ne_bytes());
-    }
-
-    /// Bytes that the nest which is being filled has so far would take; a nest holds less than 64 KiB.
-    pub fn len(&self) -> usize {
-        self.bytes.len()
-    }
-
-    pub fn sequence(&self) -> u32 {
-        self.sequence
     }
 
     fn pad(&mut self) {
@@ -111,10 +75,6 @@ impl Connection {
         let socket = Socket::new(protocol)?;
         socket.connect(&SocketAddr::new(0, 0))?;
         Ok(Self { socket })
-    }
-
-    pub fn socket(&self) -> &Socket {
-        &self.socket
     }
 
     /// One message that asks for an acknowledgement.
@@ -148,15 +108,10 @@ impl Connection {
 
 pub struct Message<'a> {
     pub kind: u16,
-    pub sequence: u32,
     pub body: &'a [u8],
 }
 
 impl Message<'_> {
-    pub fn is_error(&self) -> bool {
-        self.kind == ERROR
-    }
-
     /// The outcome that an error message carries; zero is an acknowledgement.
     pub fn error(&self) -> io::Result<()> {
         match self.body.first_chunk().map(|code| i32::from_ne_bytes(*code)) {
@@ -176,10 +131,9 @@ impl<'a> Iterator for Messages<'a> {
     fn next(&mut self) -> Option<Message<'a>> {
         let length = u32::from_ne_bytes(*self.0.first_chunk()?) as usize;
         let kind = u16::from_ne_bytes(*self.0.get(4..)?.first_chunk()?);
-        let sequence = u32::from_ne_bytes(*self.0.get(8..)?.first_chunk()?);
         let body = self.0.get(HEADER..length)?;
         self.0 = self.0.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some(Message { kind, sequence, body })
+        Some(Message { kind, body })
     }
 }
 
@@ -213,20 +167,16 @@ mod tests {
     fn what_is_built_can_be_read() {
         let mut builder = Builder::default();
         builder.begin(7, ACK, &[1, 2, 3, 4]);
-        builder.nest(1, |builder| {
-            builder.text(2, "abc");
-            builder.number(3, 0x01020304);
-        });
+        builder.attribute(2, b"abc\0");
+        builder.attribute(3, &[1, 2, 3, 4, 5]);
         builder.end();
         builder.begin(8, 0, &[]);
         builder.end();
         let bytes = builder.take();
         let messages: Vec<_> = Messages(&bytes).collect();
-        assert_eq!(messages.iter().map(|message| (message.kind, message.sequence)).collect::<Vec<_>>(), [(7, 0), (8, 1)]);
-        let nest = Attributes(&messages[0].body[4..]).next().unwrap();
-        assert_eq!(nest.kind, 1);
-        let inner: Vec<_> = Attributes(nest.value).map(|attribute| (attribute.kind, attribute.value.to_vec())).collect();
-        assert_eq!(inner, [(2, b"abc\0".to_vec()), (3, vec![1, 2, 3, 4])]);
+        assert_eq!(messages.iter().map(|message| message.kind).collect::<Vec<_>>(), [7, 8]);
+        let attributes: Vec<_> = Attributes(&messages[0].body[4..]).map(|attribute| (attribute.kind, attribute.value.to_vec())).collect();
+        assert_eq!(attributes, [(2, b"abc\0".to_vec()), (3, vec![1, 2, 3, 4, 5])]);
     }
 
     #[test]
