@@ -50,6 +50,8 @@ pub fn update(resource: &Resource, subresource: Option<&str>, new: &Value, old: 
     match (resource.group.as_ref(), resource.kind.as_ref(), subresource) {
         ("", "Pod", Some("status")) => pod_update::status(&root, old, &mut found),
         ("", "Pod", Some("ephemeralcontainers")) => pod_update::ephemeral_containers(&root, old, &mut found),
+        // The binding itself was checked; it gives the pod its node, which no update of the pod may.
+        ("", "Pod", Some("binding")) => {}
         ("", "Pod", Some("resize")) => pod_update::resize(&root, old, &mut found),
         (_, _, Some("status")) if resource.custom.is_none() => status(resource, &root, old, &mut found),
         ("", "Namespace", Some("finalize")) => config::namespace(&root, &mut found),
