@@ -25,8 +25,19 @@ pub fn step<T>(what: &str, work: impl FnOnce(&ProgressBar) -> Result<T>) -> Resu
 
 /// Asks `done` until it says yes; `done` answers `Err(text)` with what is still missing.
 pub fn wait(bar: &ProgressBar, limit: Duration, mut done: impl FnMut() -> Result<(), String>) -> Result<()> {
+    wait_while(bar, limit, || Ok(()), &mut done)
+}
+
+/// Like [`wait`], but gives up at once when `alive` fails.
+pub fn wait_while(
+    bar: &ProgressBar,
+    limit: Duration,
+    mut alive: impl FnMut() -> Result<()>,
+    mut done: impl FnMut() -> Result<(), String>,
+) -> Result<()> {
     let deadline = Instant::now() + limit;
     loop {
+        alive()?;
         match done() {
             Ok(()) => return Ok(()),
             Err(missing) if Instant::now() > deadline => anyhow::bail!("after {} s: {missing}", limit.as_secs()),

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::cluster::{CLUSTER_DNS, CLUSTER_DOMAIN, Cluster};
 use crate::kubectl::Kubectl;
-use crate::progress::{step, wait};
+use crate::progress::{step, wait, wait_while};
 use crate::{build_ebpf, demo, images, paths, tools};
 
 #[derive(clap::Args, Clone)]
@@ -123,12 +123,12 @@ fn bring_up(cluster: &Cluster, binaries: &Path, images: &[PathBuf], kubectl: &Ku
     }
     let mut lab = lab.spawn().context("start the lab")?;
     step("start the control plane", |bar| {
-        wait(bar, Duration::from_secs(60), || {
-            if let Ok(Some(status)) = lab.try_wait() {
-                return Err(format!("the lab ended ({status}): see {}/lab.log", directory.display()));
-            }
-            kubectl.run(&["get", "--raw", "/readyz"]).map(drop).map_err(|error| last_line(&error))
-        })
+        let alive = || match lab.try_wait() {
+            Ok(Some(status)) => anyhow::bail!("the lab ended ({status}): see {}/lab.log", directory.display()),
+            _ => Ok(()),
+        };
+        let ready = || kubectl.run(&["get", "--raw", "/readyz"]).map(drop).map_err(|error| last_line(&error));
+        wait_while(bar, Duration::from_secs(60), alive, ready)
     })?;
     step("import images", |bar| import(cluster, images, bar))?;
     step(&format!("wait for {} node(s)", cluster.nodes), |bar| {
