@@ -25,9 +25,15 @@ pub fn start(api: &ApiServer, options: &config::Run, stop: watch::Receiver<bool>
         sign_token: Some(sign_token(engine)),
         sign_certificate: Some(sign_certificate(engine)),
     };
+    let service_range = config.service_cidr;
     tokio::spawn(async move {
-        let (informers, _watches) = Informers::start(client);
+        let (informers, _watches) = Informers::start(client.clone());
+        let addons = crate::addons::keep(client, informers.clone(), service_range);
+        let addons_stop = stopped(stop.clone());
         tokio::join!(
+            async {
+                tokio::select! { () = addons => {}, () = addons_stop => {} }
+            },
             outrigger_controllers::run_with(informers.clone(), config, stopped(stop.clone())),
             outrigger_scheduler::run_with(informers, stopped(stop)),
         );

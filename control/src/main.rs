@@ -1,5 +1,6 @@
 //! The control plane in one process.
 
+mod addons;
 mod app;
 mod config;
 mod loops;

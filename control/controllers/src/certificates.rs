@@ -96,7 +96,9 @@ async fn approve(informers: &Informers, request: &CertificateSigningRequest) -> 
             approved.status.get_or_insert_default().conditions.get_or_insert_default().push(condition);
             let bytes = serde_json::to_vec(&approved).map_err(kube::Error::SerdeError)?;
             let path = Request::new("/apis/certificates.k8s.io/v1/certificatesigningrequests");
-            let put = path.replace_subresource("approval", name(&request.metadata), &PostParams::default(), bytes).map_err(kube::Error::BuildRequest)?;
+            let put = path
+                .replace_subresource("approval", name(&request.metadata), &PostParams::default(), bytes)
+                .map_err(kube::Error::BuildRequest)?;
             informers.client.request::<serde_json::Value>(put).await?;
             return Ok(None);
         }

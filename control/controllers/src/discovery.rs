@@ -17,7 +17,8 @@ impl Resource {
 
     /// The path of the whole kind, or of a namespace's objects of it.
     pub fn path(&self, namespace: Option<&str>) -> String {
-        let prefix = if self.api.group.is_empty() { format!("/api/{}", self.api.version) } else { format!("/apis/{}", self.api.api_version) };
+        let prefix =
+            if self.api.group.is_empty() { format!("/api/{}", self.api.version) } else { format!("/apis/{}", self.api.api_version) };
         match namespace.filter(|namespace| self.namespaced && !namespace.is_empty()) {
             Some(namespace) => format!("{prefix}/namespaces/{namespace}/{}", self.api.plural),
             None => format!("{prefix}/{}", self.api.plural),

@@ -180,10 +180,9 @@ pub fn repack(subsets: Vec<EndpointSubset>) -> Vec<EndpointSubset> {
     }
     let mut by_ports: BTreeMap<Vec<(String, i32, String)>, EndpointSubset> = BTreeMap::new();
     for (ready, address, ports) in by_address.into_values() {
-        let subset = by_ports.entry(ports.keys().cloned().collect()).or_insert_with(|| EndpointSubset {
-            ports: (!ports.is_empty()).then(|| ports.into_values().collect()),
-            ..Default::default()
-        });
+        let subset = by_ports
+            .entry(ports.keys().cloned().collect())
+            .or_insert_with(|| EndpointSubset { ports: (!ports.is_empty()).then(|| ports.into_values().collect()), ..Default::default() });
         let list = if ready { &mut subset.addresses } else { &mut subset.not_ready_addresses };
         list.get_or_insert_default().push(address);
     }
@@ -258,8 +257,11 @@ mod tests {
         let unready: Vec<String> = (0..200).map(|number| format!("10.9.0.{number}")).collect();
         let refs = |list: &[String]| list.iter().map(String::clone).collect::<Vec<_>>();
         let (ready, waiting) = (refs(&ips), refs(&unready));
-        let mut subsets =
-            vec![subset(&ready.iter().map(String::as_str).collect::<Vec<_>>(), &waiting.iter().map(String::as_str).collect::<Vec<_>>(), &[80])];
+        let mut subsets = vec![subset(
+            &ready.iter().map(String::as_str).collect::<Vec<_>>(),
+            &waiting.iter().map(String::as_str).collect::<Vec<_>>(),
+            &[80],
+        )];
         assert!(truncate(&mut subsets));
         assert_eq!(subsets[0].addresses.as_ref().unwrap().len(), 900);
         assert_eq!(subsets[0].not_ready_addresses.as_ref().unwrap().len(), 100);

@@ -159,7 +159,8 @@ impl Correlator {
         let passed = (at.as_second() - budget.at.as_second()).max(0) as f64;
         budget.tokens = (budget.tokens + passed * PER_SECOND).min(BURST);
         budget.at = at;
-        let similar = Similar { component: occurrence.component, uid, name: name.clone(), reason: occurrence.reason, severity: occurrence.severity };
+        let similar =
+            Similar { component: occurrence.component, uid, name: name.clone(), reason: occurrence.reason, severity: occurrence.severity };
         let group = self.groups.entry(similar).or_insert(Group { written: Vec::new(), combined: None, last: at });
         if at.as_second() - group.last.as_second() > SIMILAR_WINDOW {
             group.written.clear();
@@ -272,7 +273,7 @@ fn event(shape: Shape, occurrence: &Occurrence, name: String, message: String, a
             event.event_time = Some(MicroTime(at));
             event.action = Some(occurrence.action.to_owned());
             event.reporting_instance = Some(format!("{}-outrigger-control", occurrence.component));
-            event.series = (count > 1).then(|| EventSeries { count: Some(count), last_observed_time: Some(MicroTime(at)) });
+            event.series = (count > 1).then_some(EventSeries { count: Some(count), last_observed_time: Some(MicroTime(at)) });
         }
     }
     event

@@ -65,7 +65,8 @@ pub async fn list<O: Object>(
     selector: Option<&k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector>,
 ) -> Result<Vec<Arc<ControllerRevision>>, SyncError> {
     let space = owner.meta().namespace.clone().unwrap_or_default();
-    let candidate = |revision: &ControllerRevision| controller_of(&revision.metadata).is_none_or(|controller| controller.uid == uid(owner.meta()));
+    let candidate =
+        |revision: &ControllerRevision| controller_of(&revision.metadata).is_none_or(|controller| controller.uid == uid(owner.meta()));
     let candidates = revisions.select(&space, candidate);
     let matches = |revision: &ControllerRevision| selects(selector, labels(&revision.metadata));
     let mut mine = pods::claim_all(owners, owner, &controller_ref(owner), revisions, candidates, matches).await?;

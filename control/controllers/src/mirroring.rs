@@ -64,9 +64,9 @@ fn is_mirrored(endpoints: &Endpoints) -> bool {
 }
 
 async fn sync(informers: Arc<Informers>, recorder: Recorder, key: Key) -> Outcome {
-    let slices = informers.endpoint_slices.select(&key.namespace, |slice| {
-        is_managed_by(slice, CONTROLLER) && labels(&slice.metadata).get(SERVICE_NAME) == Some(&key.name)
-    });
+    let slices = informers
+        .endpoint_slices
+        .select(&key.namespace, |slice| is_managed_by(slice, CONTROLLER) && labels(&slice.metadata).get(SERVICE_NAME) == Some(&key.name));
     let service = informers.services.get(&key).filter(|service| !has_selector(service));
     let endpoints = informers.endpoints.get(&key).filter(|endpoints| service.is_some() && is_mirrored(endpoints));
     let changes = match &endpoints {
@@ -78,8 +78,10 @@ async fn sync(informers: Arc<Informers>, recorder: Recorder, key: Key) -> Outcom
                 recorder.warning(&**endpoints, "InvalidIPAddress", message);
             }
             if plan.skipped > 0 {
-                let message =
-                    format!("A max of {LIMIT} addresses can be mirrored to EndpointSlices per Endpoints subset. {} addresses were skipped", plan.skipped);
+                let message = format!(
+                    "A max of {LIMIT} addresses can be mirrored to EndpointSlices per Endpoints subset. {} addresses were skipped",
+                    plan.skipped
+                );
                 recorder.warning(&**endpoints, "TooManyAddressesToMirror", message);
             }
             plan.changes
@@ -136,7 +138,8 @@ fn plan(endpoints: &Endpoints, existing: &[Arc<EndpointSlice>]) -> Plan {
             }
             added += 1;
             let family = if ip.is_ipv6() { "IPv6" } else { "IPv4" };
-            let group = groups.entry(key_of(family, &ports)).or_insert_with(|| Group { family, ports: ports.clone(), endpoints: BTreeMap::new() });
+            let group =
+                groups.entry(key_of(family, &ports)).or_insert_with(|| Group { family, ports: ports.clone(), endpoints: BTreeMap::new() });
             let endpoint = to_endpoint(address, ip, ready);
             group.endpoints.insert(identity(&endpoint), endpoint);
         }

@@ -123,7 +123,8 @@ impl Content {
 
     /// The five conditions of a namespace under deletion: (type, status, reason, message).
     fn conditions(&self) -> Vec<(&'static str, &'static str, &'static str, String)> {
-        let failed = |kind: &str| self.failures.iter().filter(|(of, _)| *of == kind).map(|(_, message)| message.clone()).collect::<Vec<_>>();
+        let failed =
+            |kind: &str| self.failures.iter().filter(|(of, _)| *of == kind).map(|(_, message)| message.clone()).collect::<Vec<_>>();
         let list = |counts: &BTreeMap<String, usize>, verb: &str| {
             counts.iter().map(|(what, count)| format!("{what} {verb} {count} resource instances")).collect::<Vec<_>>().join(", ")
         };
@@ -147,19 +148,27 @@ impl Content {
             ),
             condition(
                 "NamespaceDeletionContentFailure",
-                (!content.is_empty())
-                    .then(|| ("ContentDeletionFailed", format!("Failed to delete all resource types, {} remaining: {}", content.len(), content.join(", ")))),
+                (!content.is_empty()).then(|| {
+                    (
+                        "ContentDeletionFailed",
+                        format!("Failed to delete all resource types, {} remaining: {}", content.len(), content.join(", ")),
+                    )
+                }),
                 ("ContentDeleted", "All content successfully deleted, may be waiting on finalization"),
             ),
             condition(
                 "NamespaceContentRemaining",
-                (!self.remaining.is_empty()).then(|| ("SomeResourcesRemain", format!("Some resources are remaining: {}", list(&self.remaining, "has")))),
+                (!self.remaining.is_empty())
+                    .then(|| ("SomeResourcesRemain", format!("Some resources are remaining: {}", list(&self.remaining, "has")))),
                 ("ContentRemoved", "All content successfully removed"),
             ),
             condition(
                 "NamespaceFinalizersRemaining",
                 (!self.finalizers.is_empty()).then(|| {
-                    ("SomeFinalizersRemain", format!("Some content in the namespace has finalizers remaining: {}", list(&self.finalizers, "in")))
+                    (
+                        "SomeFinalizersRemain",
+                        format!("Some content in the namespace has finalizers remaining: {}", list(&self.finalizers, "in")),
+                    )
                 }),
                 ("ContentHasNoFinalizers", "All content-preserving finalizers finished"),
             ),
@@ -171,8 +180,9 @@ fn apply_conditions(known: &mut Option<Vec<NamespaceCondition>>, wanted: Vec<(&s
     let mut changed = false;
     for (kind, status, reason, message) in wanted {
         let current = conditions::find(known.as_ref(), kind);
-        if current.is_some_and(|current| current.status == status && current.reason.as_deref() == Some(reason) && current.message.as_ref() == Some(&message))
-        {
+        if current.is_some_and(|current| {
+            current.status == status && current.reason.as_deref() == Some(reason) && current.message.as_ref() == Some(&message)
+        }) {
             continue;
         }
         let since = conditions::since(current, status, |current| current.last_transition_time.clone(), now);
@@ -207,7 +217,10 @@ async fn delete_content(informers: &Informers, namespace: &str, deleted_at: Time
     let found = discover(&informers.client).await?;
     if !found.failures.is_empty() {
         let list = found.failures.iter().map(|(group, error)| format!("{group}: {error}")).collect::<Vec<_>>().join(", ");
-        let message = format!("Discovery failed for some groups, {} failing: unable to retrieve the complete list of server APIs: {list}", found.failures.len());
+        let message = format!(
+            "Discovery failed for some groups, {} failing: unable to retrieve the complete list of server APIs: {list}",
+            found.failures.len()
+        );
         content.failures.push(("NamespaceDeletionDiscoveryFailure", message));
     }
     let deletable = |resource: &&Resource| resource.namespaced && resource.can("delete");

@@ -279,7 +279,12 @@ mod tests {
     #[test]
     fn percentages_round_as_asked() {
         let text = |text: &str| IntOrString::String(text.into());
-        let cases = [(text("25%"), 10, true, Some(3)), (text("25%"), 10, false, Some(2)), (text("0%"), 5, true, Some(0)), (text("5"), 5, true, None)];
+        let cases = [
+            (text("25%"), 10, true, Some(3)),
+            (text("25%"), 10, false, Some(2)),
+            (text("0%"), 5, true, Some(0)),
+            (text("5"), 5, true, None),
+        ];
         for (value, total, up, expected) in cases {
             assert_eq!(scaled(Some(&value), total, up), expected);
         }

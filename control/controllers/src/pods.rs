@@ -33,7 +33,12 @@ pub fn from_template(owner: &ObjectMeta, template: &PodTemplateSpec, controller:
 }
 
 /// Creates a pod and tells about it on its owner.
-pub async fn create<O: Resource<DynamicType = ()>>(pods: &Store<Pod>, recorder: &Recorder, owner: &O, pod: &Pod) -> Result<Arc<Pod>, SyncError> {
+pub async fn create<O: Resource<DynamicType = ()>>(
+    pods: &Store<Pod>,
+    recorder: &Recorder,
+    owner: &O,
+    pod: &Pod,
+) -> Result<Arc<Pod>, SyncError> {
     match pods.create(pod).await {
         Ok(created) => {
             recorder.normal(owner, "SuccessfulCreate", format!("Created pod: {}", name(&created.metadata)));
@@ -140,7 +145,8 @@ pub async fn claim_all<O: Object, K: Object>(
                 }
             }
             Claim::Release => {
-                let patch = json!({"metadata": {"uid": uid(object.meta()), "ownerReferences": [{"$patch": "delete", "uid": uid(owner.meta())}]}});
+                let patch =
+                    json!({"metadata": {"uid": uid(object.meta()), "ownerReferences": [{"$patch": "delete", "uid": uid(owner.meta())}]}});
                 match store.strategic(&Key::of(&*object), patch).await {
                     Ok(_) => {}
                     // Gone, or another object of that name by now: either way no longer ours.

@@ -6,15 +6,17 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::{ReplicaSet, ReplicaSetCondition, ReplicaSetStatus};
-use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec, ReplicationController, ReplicationControllerCondition, ReplicationControllerStatus};
+use k8s_openapi::api::core::v1::{
+    Pod, PodTemplateSpec, ReplicationController, ReplicationControllerCondition, ReplicationControllerStatus,
+};
 use tokio::task::JoinSet;
 
 use crate::conditions;
 use crate::error::SyncError;
 use crate::events::Recorder;
 use crate::objects::{
-    Key, Labels, annotation, available_in, controller_of, controller_ref, is_active, is_available, is_ready, is_terminal, is_terminating, labels, pod_condition,
-    pod_node, pod_phase, seconds, selects, selects_all_of, uid,
+    Key, Labels, annotation, available_in, controller_of, controller_ref, is_active, is_available, is_ready, is_terminal, is_terminating,
+    labels, pod_condition, pod_node, pod_phase, seconds, selects, selects_all_of, uid,
 };
 use crate::pods;
 use crate::store::{Object, Store};
@@ -206,7 +208,8 @@ async fn manage<K: Replicated>(informers: &Informers, recorder: &Recorder, set: 
 fn related_pods<K: Replicated>(informers: &Informers, set: &K) -> HashMap<String, usize> {
     let Some(controller) = controller_of(set.meta()) else { return HashMap::new() };
     let namespace = set.meta().namespace.as_deref().unwrap_or_default();
-    let siblings = K::store(informers).select(namespace, |other| controller_of(other.meta()).is_some_and(|other| other.uid == controller.uid));
+    let siblings =
+        K::store(informers).select(namespace, |other| controller_of(other.meta()).is_some_and(|other| other.uid == controller.uid));
     let related = |pod: &Pod| is_active(pod) && siblings.iter().any(|sibling| sibling.selects(labels(&pod.metadata)));
     let mut per_node = HashMap::new();
     for pod in informers.pods.select(namespace, related) {
@@ -282,7 +285,8 @@ fn deletion_order(left: &Pod, right: &Pod, per_node: &HashMap<String, usize>, no
     if first != Ordering::Equal {
         return first;
     }
-    let ready_since = |pod: &Pod| pod_condition(pod, "Ready").and_then(|condition| condition.last_transition_time.as_ref()).map(|time| time.0);
+    let ready_since =
+        |pod: &Pod| pod_condition(pod, "Ready").and_then(|condition| condition.last_transition_time.as_ref()).map(|time| time.0);
     if is_ready(left) && is_ready(right) && ready_since(left) != ready_since(right) {
         return by_age(ready_since(left), ready_since(right), ids, now);
     }
@@ -291,9 +295,16 @@ fn deletion_order(left: &Pod, right: &Pod, per_node: &HashMap<String, usize>, no
 }
 
 /// The set's status as its active pods show it.
-pub fn status<K: Replicated>(set: &K, active: &[Arc<Pod>], terminating: usize, failure: Option<&SyncError>, now: Timestamp) -> ReplicaSetStatus {
+pub fn status<K: Replicated>(
+    set: &K,
+    active: &[Arc<Pod>],
+    terminating: usize,
+    failure: Option<&SyncError>,
+    now: Timestamp,
+) -> ReplicaSetStatus {
     let none = Labels::new();
-    let template_labels = set.template().and_then(|template| template.metadata.as_ref()).and_then(|meta| meta.labels.as_ref()).unwrap_or(&none);
+    let template_labels =
+        set.template().and_then(|template| template.metadata.as_ref()).and_then(|meta| meta.labels.as_ref()).unwrap_or(&none);
     let count = |keep: &dyn Fn(&Pod) -> bool| i32::try_from(active.iter().filter(|pod| keep(pod)).count()).unwrap_or(i32::MAX);
     let some = |number: i32| (number != 0).then_some(number);
     let mut status = set.status();
@@ -346,7 +357,12 @@ mod tests {
         let status = pod.status.get_or_insert_default();
         status.phase = Some(phase.into());
         status.conditions = ready_at.map(|second| {
-            vec![PodCondition { type_: "Ready".into(), status: "True".into(), last_transition_time: Some(Time(at(second))), ..Default::default() }]
+            vec![PodCondition {
+                type_: "Ready".into(),
+                status: "True".into(),
+                last_transition_time: Some(Time(at(second))),
+                ..Default::default()
+            }]
         });
         pod
     }
@@ -378,11 +394,17 @@ mod tests {
 
     #[test]
     fn status_counts_and_reports_failures_once() {
-        let mut set = ReplicaSet { spec: Some(ReplicaSetSpec { replicas: Some(3), min_ready_seconds: Some(20), ..Default::default() }), ..Default::default() };
+        let mut set = ReplicaSet {
+            spec: Some(ReplicaSetSpec { replicas: Some(3), min_ready_seconds: Some(20), ..Default::default() }),
+            ..Default::default()
+        };
         let active = [Arc::new(pod("a", "n", "Running", Some(50))), Arc::new(pod("b", "n", "Running", Some(90)))];
         let failure = SyncError::Other("quota".into());
         let first = status(&set, &active, 1, Some(&failure), at(100));
-        assert_eq!((first.replicas, first.ready_replicas, first.available_replicas, first.terminating_replicas), (2, Some(2), Some(1), Some(1)));
+        assert_eq!(
+            (first.replicas, first.ready_replicas, first.available_replicas, first.terminating_replicas),
+            (2, Some(2), Some(1), Some(1))
+        );
         let condition = &first.conditions.as_ref().unwrap()[0];
         assert_eq!((condition.reason.as_deref(), condition.message.as_deref()), (Some("FailedCreate"), Some("quota")));
         set.status = Some(first);

@@ -41,7 +41,9 @@ async fn publish(informers: Arc<Informers>, config: Arc<Config>, key: Key) -> Ou
     let annotations: BTreeMap<String, String> = [("kubernetes.io/description".to_owned(), DESCRIPTION.to_owned())].into();
     let result = match informers.config_maps.get(&Key::new(&key.name, NAME)) {
         Some(current) => {
-            let described = annotations.iter().all(|(key, value)| current.metadata.annotations.as_ref().is_some_and(|have| have.get(key) == Some(value)));
+            let described = annotations
+                .iter()
+                .all(|(key, value)| current.metadata.annotations.as_ref().is_some_and(|have| have.get(key) == Some(value)));
             if current.data.as_ref() == Some(&data) && described {
                 return Ok(None);
             }
@@ -52,7 +54,8 @@ async fn publish(informers: Arc<Informers>, config: Arc<Config>, key: Key) -> Ou
             informers.config_maps.update(&updated).await
         }
         None => {
-            let metadata = ObjectMeta { name: Some(NAME.into()), namespace: Some(key.name), annotations: Some(annotations), ..Default::default() };
+            let metadata =
+                ObjectMeta { name: Some(NAME.into()), namespace: Some(key.name), annotations: Some(annotations), ..Default::default() };
             informers.config_maps.create(&ConfigMap { metadata, data: Some(data), ..Default::default() }).await
         }
     };

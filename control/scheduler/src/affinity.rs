@@ -13,7 +13,8 @@ pub fn required_node_matches(pod: &Pod, node: &Node) -> bool {
 /// The sum of the weights of the preferences that `node` meets; an empty preference is met by all.
 pub fn preference(terms: &[PreferredSchedulingTerm], node: &Node) -> i64 {
     let met = |term: &&PreferredSchedulingTerm| {
-        let empty = term.preference.match_expressions.as_ref().is_none_or(Vec::is_empty) && term.preference.match_fields.as_ref().is_none_or(Vec::is_empty);
+        let empty = term.preference.match_expressions.as_ref().is_none_or(Vec::is_empty)
+            && term.preference.match_fields.as_ref().is_none_or(Vec::is_empty);
         !empty && selection::term_matches(&term.preference, node)
     };
     terms.iter().filter(met).map(|term| i64::from(term.weight)).sum()
@@ -83,16 +84,21 @@ impl PodTerms {
         let affinity = pod.spec.as_ref()?.affinity.as_ref()?;
         let mut terms = Self::default();
         if let Some(near) = &affinity.pod_affinity {
-            terms.affinity.extend(near.required_during_scheduling_ignored_during_execution.iter().flatten().map(|term| Term::new(pod, term, 0)));
+            terms
+                .affinity
+                .extend(near.required_during_scheduling_ignored_during_execution.iter().flatten().map(|term| Term::new(pod, term, 0)));
             let preferred = near.preferred_during_scheduling_ignored_during_execution.iter().flatten();
             terms.preferred.extend(preferred.map(|term| Term::new(pod, &term.pod_affinity_term, i64::from(term.weight))));
         }
         if let Some(far) = &affinity.pod_anti_affinity {
-            terms.anti_affinity.extend(far.required_during_scheduling_ignored_during_execution.iter().flatten().map(|term| Term::new(pod, term, 0)));
+            terms
+                .anti_affinity
+                .extend(far.required_during_scheduling_ignored_during_execution.iter().flatten().map(|term| Term::new(pod, term, 0)));
             let preferred = far.preferred_during_scheduling_ignored_during_execution.iter().flatten();
             terms.anti_preferred.extend(preferred.map(|term| Term::new(pod, &term.pod_affinity_term, i64::from(term.weight))));
         }
-        let empty = terms.affinity.is_empty() && terms.anti_affinity.is_empty() && terms.preferred.is_empty() && terms.anti_preferred.is_empty();
+        let empty =
+            terms.affinity.is_empty() && terms.anti_affinity.is_empty() && terms.preferred.is_empty() && terms.anti_preferred.is_empty();
         (!empty).then(|| Box::new(terms))
     }
 }

@@ -32,7 +32,12 @@ impl Writer {
         self.bind_volumes(pod, node, volumes).await?;
         let key = pod.key();
         let binding = PodBinding {
-            metadata: ObjectMeta { name: Some(key.name.clone()), namespace: Some(key.namespace.clone()), uid: pod.pod.metadata.uid.clone(), ..Default::default() },
+            metadata: ObjectMeta {
+                name: Some(key.name.clone()),
+                namespace: Some(key.namespace.clone()),
+                uid: pod.pod.metadata.uid.clone(),
+                ..Default::default()
+            },
             target: ObjectReference { kind: Some("Node".into()), name: Some(node.to_owned()), ..Default::default() },
         };
         let bytes = serde_json::to_vec(&binding).map_err(kube::Error::SerdeError)?;
@@ -74,7 +79,9 @@ impl Writer {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         };
-        tokio::time::timeout(VOLUME_TIMEOUT, wait).await.map_err(|_| SyncError::Other("binding volumes: timed out waiting for the condition".into()))
+        tokio::time::timeout(VOLUME_TIMEOUT, wait)
+            .await
+            .map_err(|_| SyncError::Other("binding volumes: timed out waiting for the condition".into()))
     }
 
     fn is_bound(&self, space: &str, binding: &Binding, node: &str) -> bool {
@@ -103,7 +110,8 @@ impl Writer {
     pub async fn preempt(&self, pod: &PodInfo, candidate: &Candidate, lesser: &[Arc<PodInfo>]) -> Result<(), SyncError> {
         for victim in &candidate.victims {
             let scheduler = "default-scheduler: preempting to accommodate a higher priority pod";
-            outrigger_controllers::nodes::eviction::disrupt(&self.informers.pods, &victim.pod, "PreemptionByScheduler", scheduler, None).await?;
+            outrigger_controllers::nodes::eviction::disrupt(&self.informers.pods, &victim.pod, "PreemptionByScheduler", scheduler, None)
+                .await?;
             outrigger_controllers::error::unless_gone(self.informers.pods.delete(&victim.pod, DeleteParams::default()).await)?;
             let message = format!("Preempted by pod {} on node {}", pod.uid(), candidate.node);
             let related = Some(reference(&*pod.pod));
@@ -120,13 +128,16 @@ impl Writer {
 /// The part of the status to write; None when it says so already.
 fn waiting_status(pod: &Pod, reason: &str, message: &str, nominated: Option<&str>, now: Timestamp) -> Option<Value> {
     let known = pod_condition(pod, "PodScheduled");
-    let same = known.is_some_and(|known| known.status == "False" && known.reason.as_deref() == Some(reason) && known.message.as_deref() == Some(message));
+    let same = known.is_some_and(|known| {
+        known.status == "False" && known.reason.as_deref() == Some(reason) && known.message.as_deref() == Some(message)
+    });
     let current = pod.status.as_ref().and_then(|status| status.nominated_node_name.as_deref()).unwrap_or_default();
     let renominated = nominated.is_some_and(|node| node != current);
     if same && !renominated {
         return None;
     }
-    let since = known.filter(|known| known.status == "False").and_then(|known| known.last_transition_time.clone()).unwrap_or_else(|| seconds(now));
+    let since =
+        known.filter(|known| known.status == "False").and_then(|known| known.last_transition_time.clone()).unwrap_or_else(|| seconds(now));
     let condition = PodCondition {
         type_: "PodScheduled".into(),
         status: "False".into(),

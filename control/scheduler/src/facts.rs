@@ -3,7 +3,9 @@ use k8s_openapi::api::core::v1::{NodeSelector, PersistentVolume, PersistentVolum
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use outrigger_api::quantity::Quantity;
 use outrigger_controllers::Informers;
-use outrigger_controllers::objects::{Key, annotation, controller_of, is_terminating, label_selector, labels, name, namespace, selects, selects_all_of};
+use outrigger_controllers::objects::{
+    Key, annotation, controller_of, is_terminating, label_selector, labels, name, namespace, selects, selects_all_of,
+};
 
 use crate::schedule::Facts;
 use crate::volumes::{Delayed, Volumes};
@@ -19,7 +21,8 @@ pub fn gather(informers: &Informers, pod: &Pod) -> Facts {
 fn siblings(informers: &Informers, pod: &Pod) -> Option<LabelSelector> {
     let space = namespace(&pod.metadata);
     let mut merged = LabelSelector::default();
-    let selects_pod = |service: &Service| selects_all_of(service.spec.as_ref().and_then(|spec| spec.selector.as_ref()), labels(&pod.metadata));
+    let selects_pod =
+        |service: &Service| selects_all_of(service.spec.as_ref().and_then(|spec| spec.selector.as_ref()), labels(&pod.metadata));
     for service in informers.services.select(space, selects_pod) {
         let selector = service.spec.clone().and_then(|spec| spec.selector).unwrap_or_default();
         merged.match_labels.get_or_insert_default().extend(selector);
@@ -61,7 +64,11 @@ fn volumes(informers: &Informers, pod: &Pod) -> Volumes {
         let key = Key::new(namespace(&pod.metadata), title.clone());
         let Some(claim) = informers.volume_claims.get(&key) else {
             found.obstacle.get_or_insert_with(|| {
-                if owned { format!("waiting for ephemeral volume controller to create the persistentvolumeclaim \"{title}\"") } else { format!("persistentvolumeclaim \"{title}\" not found") }
+                if owned {
+                    format!("waiting for ephemeral volume controller to create the persistentvolumeclaim \"{title}\"")
+                } else {
+                    format!("persistentvolumeclaim \"{title}\" not found")
+                }
             });
             continue;
         };
@@ -71,7 +78,9 @@ fn volumes(informers: &Informers, pod: &Pod) -> Volumes {
         }
         if claim.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Lost") {
             let volume = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone()).unwrap_or_default();
-            found.obstacle.get_or_insert_with(|| format!("persistentvolumeclaim \"{title}\" bound to non-existent persistentvolume \"{volume}\""));
+            found
+                .obstacle
+                .get_or_insert_with(|| format!("persistentvolumeclaim \"{title}\" bound to non-existent persistentvolume \"{volume}\""));
             continue;
         }
         let volume_name = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone()).unwrap_or_default();

@@ -74,7 +74,8 @@ pub fn untolerated_taint<'a>(pod: &Pod, node: &'a Node) -> Option<&'a Taint> {
 fn unschedulable(pod: &Pod, node: &Node) -> bool {
     let cordon = Taint { key: "node.kubernetes.io/unschedulable".into(), effect: "NoSchedule".into(), ..Default::default() };
     let tolerations = pod.spec.as_ref().and_then(|spec| spec.tolerations.as_deref()).unwrap_or_default();
-    node.spec.as_ref().and_then(|spec| spec.unschedulable) == Some(true) && !tolerations.iter().any(|toleration| tolerates(toleration, &cordon))
+    node.spec.as_ref().and_then(|spec| spec.unschedulable) == Some(true)
+        && !tolerations.iter().any(|toleration| tolerates(toleration, &cordon))
 }
 
 /// All that is missing of what the pod asks for.
@@ -120,7 +121,9 @@ pub fn check(pod: &PodInfo, volumes: &Volumes, state: &State, info: &NodeInfo, s
     if ports.peek().is_some() {
         let used = info.used_ports();
         if ports.any(|port| used.iter().any(|other| other.conflicts(&port))) {
-            return Err(Rejection::passing("node(s) didn't have free ports for the requested pod ports").about(concern::PORTS | concern::NODE));
+            return Err(
+                Rejection::passing("node(s) didn't have free ports for the requested pod ports").about(concern::PORTS | concern::NODE)
+            );
         }
     }
     fit(pod, info).map_err(|rejection| rejection.about(concern::RESOURCES | concern::NODE))?;

@@ -288,4 +288,3 @@ impl Scheduler {
         self.writer.report(&pod, "Unschedulable", &error.to_string(), nominated.as_deref()).await;
     }
 }
-

@@ -81,7 +81,8 @@ impl Neighbours {
             }
         }
         // The first of a group that wants to be near itself has nobody to be near to.
-        if !all_near && !(self.near.is_empty() && matches_all(near, pod, snapshot)) {
+        let first_of_its_kind = self.near.is_empty() && matches_all(near, pod, snapshot);
+        if !all_near && !first_of_its_kind {
             return Err(Rejection::final_(NOT_NEAR));
         }
         let too_near = |term: &Term| info.label(&term.topology_key).is_some_and(|value| count(&self.far, &term.topology_key, value) > 0);

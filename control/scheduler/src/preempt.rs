@@ -49,7 +49,13 @@ fn ineligible(pod: &PodInfo, error: &FitError, snapshot: &Snapshot) -> Option<&'
 }
 
 /// The best node to clear, or what to tell about the attempt.
-pub fn preempt(pod: &PodInfo, facts: &Facts, error: &FitError, snapshot: &Snapshot, budgets: &[Arc<PodDisruptionBudget>]) -> Result<Candidate, String> {
+pub fn preempt(
+    pod: &PodInfo,
+    facts: &Facts,
+    error: &FitError,
+    snapshot: &Snapshot,
+    budgets: &[Arc<PodDisruptionBudget>],
+) -> Result<Candidate, String> {
     if error.obstacle.is_some() || snapshot.nodes.is_empty() {
         return Err(String::new());
     }
@@ -72,9 +78,7 @@ pub fn preempt(pod: &PodInfo, facts: &Facts, error: &FitError, snapshot: &Snapsh
     }
     match best(candidates) {
         Some(candidate) => Ok(candidate),
-        None => {
-            Err(format!("preemption: 0/{} nodes are available: {}.", snapshot.nodes.len(), histogram(reasons.iter())))
-        }
+        None => Err(format!("preemption: 0/{} nodes are available: {}.", snapshot.nodes.len(), histogram(reasons.iter()))),
     }
 }
 
@@ -119,7 +123,8 @@ fn victims(
 
 /// Parts the pods whose end would break a disruption budget from the others, keeping the order.
 fn split_by_budget(pods: Vec<Arc<PodInfo>>, budgets: &[Arc<PodDisruptionBudget>]) -> (Vec<Arc<PodInfo>>, Vec<Arc<PodInfo>>) {
-    let mut allowed: Vec<i32> = budgets.iter().map(|budget| budget.status.as_ref().map_or(0, |status| status.disruptions_allowed)).collect();
+    let mut allowed: Vec<i32> =
+        budgets.iter().map(|budget| budget.status.as_ref().map_or(0, |status| status.disruptions_allowed)).collect();
     pods.into_iter().partition(|pod| {
         let meta = &pod.pod.metadata;
         let mut violated = false;
@@ -129,7 +134,11 @@ fn split_by_budget(pods: Vec<Arc<PodInfo>>, budgets: &[Arc<PodDisruptionBudget>]
                 && !labels(meta).is_empty()
                 && selector.is_some_and(|selector| !selects_everything(selector))
                 && selects(selector, labels(meta));
-            let counted = budget.status.as_ref().and_then(|status| status.disrupted_pods.as_ref()).is_some_and(|pods| meta.name.as_ref().is_some_and(|name| pods.contains_key(name)));
+            let counted = budget
+                .status
+                .as_ref()
+                .and_then(|status| status.disrupted_pods.as_ref())
+                .is_some_and(|pods| meta.name.as_ref().is_some_and(|name| pods.contains_key(name)));
             if matches && !counted {
                 *allowed -= 1;
                 violated |= *allowed < 0;

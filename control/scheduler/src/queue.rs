@@ -21,9 +21,15 @@ type Order = (Reverse<i32>, Instant, u64);
 enum Place {
     Active(Order),
     Backoff(Instant, u64),
-    Aside { concern: u16, since: Instant },
+    Aside {
+        concern: u16,
+        since: Instant,
+    },
     /// Popped, and not yet decided on.
-    Running { since: u64, changed: bool },
+    Running {
+        since: u64,
+        changed: bool,
+    },
 }
 
 #[derive(Debug)]
@@ -144,9 +150,7 @@ impl Waiting {
     pub fn fail(&mut self, key: &Key, concern: u16, now: Instant) {
         let Some(entry) = self.entries.get(key) else { return };
         let missed = match entry.place {
-            Place::Running { since, changed } => {
-                changed || (0..16).any(|bit| concern & (1 << bit) != 0 && self.changes[bit] > since)
-            }
+            Place::Running { since, changed } => changed || (0..16).any(|bit| concern & (1 << bit) != 0 && self.changes[bit] > since),
             _ => return,
         };
         if missed { self.back_off(key, now) } else { self.put(key, Place::Aside { concern, since: now }) }

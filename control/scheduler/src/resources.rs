@@ -89,15 +89,18 @@ impl Resources {
 /// A container's request; of a running one, what it has been given counts if that is more.
 fn container(pod: &Pod, container: &Container, assumed: bool) -> Resources {
     let mut resources = Resources::of(container.resources.as_ref().and_then(|resources| resources.requests.as_ref()));
-    let statuses = pod.status.iter().flat_map(|status| {
-        status.container_statuses.iter().flatten().chain(status.init_container_statuses.iter().flatten())
-    });
+    let statuses = pod
+        .status
+        .iter()
+        .flat_map(|status| status.container_statuses.iter().flatten().chain(status.init_container_statuses.iter().flatten()));
     if let Some(status) = statuses.into_iter().find(|status| status.name == container.name) {
         resources.raise(&Resources::of(status.allocated_resources.as_ref()));
         resources.raise(&Resources::of(status.resources.as_ref().and_then(|resources| resources.requests.as_ref())));
     }
     if assumed {
-        let has = |name: &str| container.resources.as_ref().and_then(|resources| resources.requests.as_ref()).is_some_and(|list| list.contains_key(name));
+        let has = |name: &str| {
+            container.resources.as_ref().and_then(|resources| resources.requests.as_ref()).is_some_and(|list| list.contains_key(name))
+        };
         if !has("cpu") {
             resources.cpu = ASSUMED_CPU;
         }

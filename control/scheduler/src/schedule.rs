@@ -84,7 +84,12 @@ pub fn fits(pod: &PodInfo, facts: &Facts, state: &State, info: &NodeInfo, snapsh
 }
 
 /// The node for the pod. `pick` chooses among equally good ones: it gets their number.
-pub fn schedule(pod: &PodInfo, facts: &Facts, snapshot: &Snapshot, pick: impl FnOnce(usize) -> usize) -> Result<Arc<NodeInfo>, Box<FitError>> {
+pub fn schedule(
+    pod: &PodInfo,
+    facts: &Facts,
+    snapshot: &Snapshot,
+    pick: impl FnOnce(usize) -> usize,
+) -> Result<Arc<NodeInfo>, Box<FitError>> {
     let mut error = FitError { nodes: snapshot.nodes.len(), ..Default::default() };
     if snapshot.nodes.is_empty() {
         return Err(Box::new(error));

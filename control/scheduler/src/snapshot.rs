@@ -98,9 +98,8 @@ impl NodeInfo {
         let pods = list.and_then(|list| list.get("pods")).and_then(|quantity| outrigger_api::quantity::Quantity::parse(&quantity.0).ok());
         self.allowed_pods = pods.map_or(0, |quantity| quantity.value());
         let images = status.iter().flat_map(|status| status.images.iter().flatten());
-        self.images = images
-            .flat_map(|image| image.names.iter().flatten().map(|name| (name.clone(), image.size_bytes.unwrap_or(0))))
-            .collect();
+        self.images =
+            images.flat_map(|image| image.names.iter().flatten().map(|name| (name.clone(), image.size_bytes.unwrap_or(0)))).collect();
         self.node = node;
     }
 

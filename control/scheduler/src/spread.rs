@@ -73,7 +73,8 @@ pub struct Spread {
 
 impl Spread {
     pub fn new(pod: &Pod, snapshot: &Snapshot) -> Self {
-        let mut spread = Self { constraints: constraints(pod, "DoNotSchedule").into_iter().map(|constraint| (constraint, BTreeMap::new())).collect() };
+        let mut spread =
+            Self { constraints: constraints(pod, "DoNotSchedule").into_iter().map(|constraint| (constraint, BTreeMap::new())).collect() };
         if spread.constraints.is_empty() {
             return spread;
         }
@@ -111,7 +112,11 @@ impl Spread {
     pub fn check(&self, pod: &Pod, info: &NodeInfo) -> Result<(), Rejection> {
         for (constraint, domains) in &self.constraints {
             let Some(value) = info.label(&constraint.key) else { return Err(Rejection::final_(NO_LABEL)) };
-            let least = if (domains.len() as i64) < constraint.min_domains { 0 } else { domains.values().copied().min().unwrap_or(i64::from(i32::MAX)) };
+            let least = if (domains.len() as i64) < constraint.min_domains {
+                0
+            } else {
+                domains.values().copied().min().unwrap_or(i64::from(i32::MAX))
+            };
             let own = i64::from(selects(constraint.selector.as_ref(), labels(&pod.metadata)));
             if domains.get(value).copied().unwrap_or(0) + own - least > constraint.max_skew {
                 return Err(Rejection::passing(UNEVEN));

@@ -2,8 +2,8 @@
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{
-    Affinity, Container, ContainerPort, Node, NodeSpec, NodeStatus, Pod, PodAffinityTerm, PodAntiAffinity, PodSpec, PodStatus, ResourceRequirements,
-    Taint, TopologySpreadConstraint,
+    Affinity, Container, ContainerPort, Node, NodeSpec, NodeStatus, Pod, PodAffinityTerm, PodAntiAffinity, PodSpec, PodStatus,
+    ResourceRequirements, Taint, TopologySpreadConstraint,
 };
 use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec, PodDisruptionBudgetStatus};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
@@ -34,7 +34,10 @@ fn pod(name: &str, cpu: &str) -> Pod {
         spec: Some(PodSpec {
             containers: vec![Container {
                 name: "c".into(),
-                resources: Some(ResourceRequirements { requests: Some([("cpu".to_owned(), Quantity(cpu.into()))].into()), ..Default::default() }),
+                resources: Some(ResourceRequirements {
+                    requests: Some([("cpu".to_owned(), Quantity(cpu.into()))].into()),
+                    ..Default::default()
+                }),
                 ..Default::default()
             }],
             ..Default::default()
@@ -166,7 +169,9 @@ fn claims_are_given_volumes_of_the_node() {
     let error = schedule(&info(pod("p", "0")), &facts(missing), &cluster, |_| 0).unwrap_err();
     assert_eq!(error.to_string(), "0/1 nodes are available: persistentvolumeclaim \"data\" not found.");
     let delayed = |count: usize| Volumes {
-        delayed: (0..count).map(|number| Delayed { claim: format!("c{number}"), candidates: vec![("v".into(), None)], provision: None }).collect(),
+        delayed: (0..count)
+            .map(|number| Delayed { claim: format!("c{number}"), candidates: vec![("v".into(), None)], provision: None })
+            .collect(),
         ..Default::default()
     };
     assert!(schedule(&info(pod("p", "0")), &facts(delayed(1)), &cluster, |_| 0).is_ok());
@@ -210,7 +215,10 @@ fn disruption_budgets_are_kept_when_another_node_will_do() {
     guarded.metadata.labels = Some([("app".to_owned(), "db".to_owned())].into());
     let cluster = snapshot(vec![(node("a", "2", &[]), vec![guarded]), (node("b", "2", &[]), vec![of_priority(pod("plain", "2"), 5)])]);
     let mut budget = PodDisruptionBudget {
-        spec: Some(PodDisruptionBudgetSpec { selector: Some(label_selector([("app".to_owned(), "db".to_owned())].into())), ..Default::default() }),
+        spec: Some(PodDisruptionBudgetSpec {
+            selector: Some(label_selector([("app".to_owned(), "db".to_owned())].into())),
+            ..Default::default()
+        }),
         status: Some(PodDisruptionBudgetStatus { disruptions_allowed: 0, ..Default::default() }),
         ..Default::default()
     };

@@ -68,5 +68,7 @@ impl Volumes {
 
 fn allows(term: &TopologySelectorTerm, info: &NodeInfo) -> bool {
     let requirements = term.match_label_expressions.iter().flatten();
-    requirements.into_iter().all(|requirement| info.label(&requirement.key).is_some_and(|value| requirement.values.iter().any(|entry| entry == value)))
+    requirements
+        .into_iter()
+        .all(|requirement| info.label(&requirement.key).is_some_and(|value| requirement.values.iter().any(|entry| entry == value)))
 }

@@ -49,7 +49,7 @@ pub fn start(context: &Context, tasks: &mut JoinSet<()>) {
     });
     let (add, owners) = (queue.clone(), informers.daemon_sets.clone());
     informers.pods.on_change(move |old, new| {
-        pods::concerned::<DaemonSet, Pod>(old, new, &owners, |owner, pod| selects_pod(owner, pod), |key| add.add(key));
+        pods::concerned::<DaemonSet, Pod>(old, new, &owners, selects_pod, |key| add.add(key));
     });
     let (add, owners) = (queue.clone(), informers.daemon_sets.clone());
     informers.controller_revisions.on_change(move |old, new| {
@@ -98,7 +98,8 @@ async fn sync(worker: Worker, key: Key) -> Outcome {
     let mut again = None;
     let managed = worker.manage(&set, &hash, &mut again).await;
     let view = worker.view(&set, &hash).await?;
-    let mut live: HashSet<String> = view.daemons.values().flatten().filter_map(|pod| labels(&pod.metadata).get(history::HASH_LABEL).cloned()).collect();
+    let mut live: HashSet<String> =
+        view.daemons.values().flatten().filter_map(|pod| labels(&pod.metadata).get(history::HASH_LABEL).cloned()).collect();
     live.insert(hash.clone());
     history::truncate(&informers.controller_revisions, &known, &live, spec.revision_history_limit.unwrap_or(10)).await?;
     worker.write_status(&set, &view).await?;
@@ -112,7 +113,10 @@ impl Worker {
         let space = set.metadata.namespace.clone().unwrap_or_default();
         let candidate = |pod: &Pod| controller_of(&pod.metadata).is_none_or(|controller| controller.uid == uid(&set.metadata));
         let candidates = self.informers.pods.select(&space, candidate);
-        let mine = pods::claim_all(&self.informers.daemon_sets, set, &controller_ref(set), &self.informers.pods, candidates, |pod| selects_pod(set, pod)).await?;
+        let mine = pods::claim_all(&self.informers.daemon_sets, set, &controller_ref(set), &self.informers.pods, candidates, |pod| {
+            selects_pod(set, pod)
+        })
+        .await?;
         let mut daemons = Daemons::new();
         for pod in mine {
             daemons.entry(plan::target_node(&pod)).or_default().push(pod);
@@ -153,7 +157,8 @@ impl Worker {
             actions.delete.push(pod);
         }
         for pod in std::mem::take(&mut actions.succeeded) {
-            let message = format!("Found succeeded daemon pod {} on node {}, will try to delete it", Key::of(&*pod), plan::target_node(&pod));
+            let message =
+                format!("Found succeeded daemon pod {} on node {}, will try to delete it", Key::of(&*pod), plan::target_node(&pod));
             self.recorder.normal(set, "SucceededDaemonPod", message);
             actions.delete.push(pod);
         }
@@ -180,7 +185,8 @@ impl Worker {
     }
 
     async fn write_status(&self, set: &DaemonSet, view: &View<'_>) -> Result<(), SyncError> {
-        let Some(current) = self.informers.daemon_sets.get(&Key::of(set)).filter(|current| uid(&current.metadata) == uid(&set.metadata)) else {
+        let Some(current) = self.informers.daemon_sets.get(&Key::of(set)).filter(|current| uid(&current.metadata) == uid(&set.metadata))
+        else {
             return Ok(());
         };
         let status = view.status(&current);
@@ -195,4 +201,3 @@ impl Worker {
         }
     }
 }
-

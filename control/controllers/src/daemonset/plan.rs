@@ -10,11 +10,17 @@ use crate::history::HASH_LABEL;
 use crate::nodes::eviction::tolerates;
 use crate::nodes::selection::required_matches;
 use crate::nodes::taints::taints;
-use crate::objects::{annotation, available_in, by_creation, controller_ref, is_available, is_ready, is_terminating, labels, name, pod_node, pod_phase, scaled};
+use crate::objects::{
+    annotation, available_in, by_creation, controller_ref, is_available, is_ready, is_terminating, labels, name, pod_node, pod_phase,
+    scaled,
+};
 use crate::pods;
 
 /// The set's pods by node.
 pub type Daemons = BTreeMap<String, Vec<Arc<Pod>>>;
+
+/// A node's pod of the new revision, and that of an old one.
+type Pair = (Option<Arc<Pod>>, Option<Arc<Pod>>);
 
 /// Nodes to get a pod, and pods to go.
 #[derive(Debug, Default)]
@@ -45,7 +51,8 @@ pub fn target_node(pod: &Pod) -> String {
     }
     let affinity = pod.spec.as_ref().and_then(|spec| spec.affinity.as_ref()?.node_affinity.as_ref());
     let required = affinity.and_then(|affinity| affinity.required_during_scheduling_ignored_during_execution.as_ref());
-    let fields = required.into_iter().flat_map(|selector| &selector.node_selector_terms).flat_map(|term| term.match_fields.iter().flatten());
+    let fields =
+        required.into_iter().flat_map(|selector| &selector.node_selector_terms).flat_map(|term| term.match_fields.iter().flatten());
     fields
         .filter(|field| field.key == "metadata.name" && field.operator == "In")
         .find_map(|field| field.values.as_ref()?.first().cloned())
@@ -67,7 +74,8 @@ fn daemon_tolerations(spec: &PodSpec) -> Vec<Toleration> {
     }
     let mut tolerations = spec.tolerations.clone().unwrap_or_default();
     for (key, effect) in wanted {
-        let toleration = Toleration { key: Some(key.into()), operator: Some("Exists".into()), effect: Some(effect.into()), ..Default::default() };
+        let toleration =
+            Toleration { key: Some(key.into()), operator: Some("Exists".into()), effect: Some(effect.into()), ..Default::default() };
         if !tolerations.contains(&toleration) {
             tolerations.push(toleration);
         }
@@ -109,7 +117,9 @@ fn suits(set: &DaemonSet, node: &Node) -> (bool, bool) {
 
 fn oldest_first(pods: &mut [Arc<Pod>]) {
     // Scheduled pods are older in effect, whenever they were made.
-    pods.sort_by(|left, right| pod_node(left).is_empty().cmp(&pod_node(right).is_empty()).then_with(|| by_creation(&left.metadata, &right.metadata)));
+    pods.sort_by(|left, right| {
+        pod_node(left).is_empty().cmp(&pod_node(right).is_empty()).then_with(|| by_creation(&left.metadata, &right.metadata))
+    });
 }
 
 pub fn rolls(set: &DaemonSet) -> bool {
@@ -142,7 +152,8 @@ impl View<'_> {
 
     /// (surge, unavailable) in pods.
     fn limits(&self) -> (usize, usize) {
-        let strategy = self.set.spec.as_ref().and_then(|spec| spec.update_strategy.as_ref()).and_then(|strategy| strategy.rolling_update.clone());
+        let strategy =
+            self.set.spec.as_ref().and_then(|spec| spec.update_strategy.as_ref()).and_then(|strategy| strategy.rolling_update.clone());
         let strategy = strategy.unwrap_or_default();
         let wanted = i32::try_from(self.wanted_nodes()).unwrap_or(i32::MAX);
         let surge = scaled(strategy.max_surge.as_ref(), wanted, true).unwrap_or(0).max(0) as usize;
@@ -160,7 +171,12 @@ impl View<'_> {
             self.manage_node(node, &mut actions);
         }
         // Pods for nodes that have gone before they were scheduled; those on lost nodes are the pod collector's.
-        for pods in self.daemons.iter().filter(|(node, _)| !self.nodes.iter().any(|other| name(&other.metadata) == node.as_str())).map(|(_, pods)| pods) {
+        for pods in self
+            .daemons
+            .iter()
+            .filter(|(node, _)| !self.nodes.iter().any(|other| name(&other.metadata) == node.as_str()))
+            .map(|(_, pods)| pods)
+        {
             actions.delete.extend(pods.iter().filter(|pod| pod_node(pod).is_empty() && !is_terminating(&pod.metadata)).cloned());
         }
         actions
@@ -200,7 +216,8 @@ impl View<'_> {
 
     /// While surging, one pod of the new revision and one of an old one may stand side by side.
     fn prune_surged(&self, running: Vec<Arc<Pod>>, actions: &mut Actions) {
-        let (mut new, mut old): (Vec<_>, Vec<_>) = running.into_iter().partition(|pod| labels(&pod.metadata).get(HASH_LABEL).is_some_and(|hash| hash == self.hash));
+        let (mut new, mut old): (Vec<_>, Vec<_>) =
+            running.into_iter().partition(|pod| labels(&pod.metadata).get(HASH_LABEL).is_some_and(|hash| hash == self.hash));
         actions.delete.extend(new.split_off(new.len().min(1)));
         actions.delete.extend(old.split_off(old.len().min(1)));
         if let (Some(new), Some(old)) = (new.first(), old.first())
@@ -211,7 +228,7 @@ impl View<'_> {
     }
 
     /// The node's pods that aren't going: of the new revision, and of an old one. None when there are too many.
-    fn pair(&self, pods: &[Arc<Pod>]) -> Option<(Option<Arc<Pod>>, Option<Arc<Pod>>)> {
+    fn pair(&self, pods: &[Arc<Pod>]) -> Option<Pair> {
         let staying = pods.iter().filter(|pod| !is_terminating(&pod.metadata));
         let (new, old): (Vec<_>, Vec<_>) = staying.cloned().partition(|pod| self.is_updated(pod));
         (new.len() <= 1 && old.len() <= 1).then(|| (new.into_iter().next(), old.into_iter().next()))
@@ -316,7 +333,8 @@ mod tests {
     use super::*;
 
     fn set(surge: i32, unavailable: i32) -> DaemonSet {
-        let rolling = RollingUpdateDaemonSet { max_surge: Some(IntOrString::Int(surge)), max_unavailable: Some(IntOrString::Int(unavailable)) };
+        let rolling =
+            RollingUpdateDaemonSet { max_surge: Some(IntOrString::Int(surge)), max_unavailable: Some(IntOrString::Int(unavailable)) };
         let mut set = DaemonSet {
             spec: Some(DaemonSetSpec {
                 update_strategy: Some(DaemonSetUpdateStrategy { type_: Some("RollingUpdate".into()), rolling_update: Some(rolling) }),
@@ -331,7 +349,8 @@ mod tests {
     fn node(title: &str, taint: Option<(&str, &str)>) -> Arc<Node> {
         let mut node = Node { spec: Some(NodeSpec::default()), ..Default::default() };
         node.metadata.name = Some(title.into());
-        node.spec.as_mut().unwrap().taints = taint.map(|(key, effect)| vec![Taint { key: key.into(), effect: effect.into(), ..Default::default() }]);
+        node.spec.as_mut().unwrap().taints =
+            taint.map(|(key, effect)| vec![Taint { key: key.into(), effect: effect.into(), ..Default::default() }]);
         Arc::new(node)
     }
 
@@ -342,7 +361,8 @@ mod tests {
         pod.spec.get_or_insert_default().node_name = Some(node.into());
         let status = pod.status.get_or_insert_default();
         status.phase = Some("Running".into());
-        status.conditions = Some(vec![PodCondition { type_: "Ready".into(), status: if ready { "True" } else { "False" }.into(), ..Default::default() }]);
+        status.conditions =
+            Some(vec![PodCondition { type_: "Ready".into(), status: if ready { "True" } else { "False" }.into(), ..Default::default() }]);
         Arc::new(pod)
     }
 

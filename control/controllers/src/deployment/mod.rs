@@ -20,7 +20,9 @@ use crate::conditions;
 use crate::error::{SyncError, unless_gone};
 use crate::events::Recorder;
 use crate::informers::Informers;
-use crate::objects::{Key, annotation, controller_of, controller_ref, is_terminal, is_terminating, labels, name, selects, selects_everything, uid};
+use crate::objects::{
+    Key, annotation, controller_of, controller_ref, is_terminal, is_terminating, labels, name, selects, selects_everything, uid,
+};
 use crate::pods;
 use crate::worker::{self, Outcome, Queue};
 
@@ -37,7 +39,7 @@ pub fn start(context: &Context, tasks: &mut JoinSet<()>) {
     });
     let (add, owners) = (queue.clone(), informers.deployments.clone());
     informers.replica_sets.on_change(move |old, new| {
-        pods::concerned::<Deployment, ReplicaSet>(old, new, &owners, |owner, set| selects_set(owner, set), |key| add.add(key));
+        pods::concerned::<Deployment, ReplicaSet>(old, new, &owners, selects_set, |key| add.add(key));
     });
     // A Recreate rollout goes on when the last old pod is gone.
     let (add, sets) = (queue.clone(), informers.replica_sets.clone());
@@ -100,19 +102,16 @@ impl Sets {
 async fn sync(worker: Worker, key: Key) -> Outcome {
     let Some(deployment) = worker.informers.deployments.get(&key) else { return Ok(None) };
     if selects_everything(&spec(&deployment)?.selector) {
-        worker.recorder.warning(
-            &*deployment,
-            "SelectingAll",
-            "This deployment is selecting all pods. A non-empty selector is required.",
-        );
+        worker.recorder.warning(&*deployment, "SelectingAll", "This deployment is selecting all pods. A non-empty selector is required.");
         return worker.observe_generation(&deployment).await;
     }
     let candidates = worker.informers.replica_sets.in_namespace(&key.namespace);
     let controller = controller_ref(&*deployment);
-    let sets = pods::claim_all(&worker.informers.deployments, &*deployment, &controller, &worker.informers.replica_sets, candidates, |set| {
-        selects(deployment.spec.as_ref().map(|spec| &spec.selector), labels(&set.metadata))
-    })
-    .await?;
+    let sets =
+        pods::claim_all(&worker.informers.deployments, &*deployment, &controller, &worker.informers.replica_sets, candidates, |set| {
+            selects(deployment.spec.as_ref().map(|spec| &spec.selector), labels(&set.metadata))
+        })
+        .await?;
     if is_terminating(&deployment.metadata) {
         let (deployment, sets) = worker.with_revision(deployment, sets).await?;
         return worker.write_status(&deployment, &sets, false).await;
@@ -174,7 +173,13 @@ impl Worker {
         self.informers.deployments.merge(&Key::of(&*deployment), patch).await
     }
 
-    async fn set_progress(&self, deployment: &Deployment, state: &str, reason: &str, message: String) -> Result<Arc<Deployment>, SyncError> {
+    async fn set_progress(
+        &self,
+        deployment: &Deployment,
+        state: &str,
+        reason: &str,
+        message: String,
+    ) -> Result<Arc<Deployment>, SyncError> {
         let mut updated = deployment.clone();
         status::set(updated.status.get_or_insert_default(), "Progressing", state, reason, message, Timestamp::now());
         self.informers.deployments.update_status(&updated).await

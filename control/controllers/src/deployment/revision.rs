@@ -18,14 +18,8 @@ pub const HASH_LABEL: &str = "pod-template-hash";
 /// The history annotation's longest value.
 const HISTORY_LENGTH: usize = 2000;
 /// What isn't copied from a deployment to its sets.
-const OWN_ANNOTATIONS: [&str; 6] = [
-    "kubectl.kubernetes.io/last-applied-configuration",
-    REVISION,
-    HISTORY,
-    DESIRED,
-    MAXIMUM,
-    "deprecated.deployment.rollback.to",
-];
+const OWN_ANNOTATIONS: [&str; 6] =
+    ["kubectl.kubernetes.io/last-applied-configuration", REVISION, HISTORY, DESIRED, MAXIMUM, "deprecated.deployment.rollback.to"];
 
 fn without_hash(template: &PodTemplateSpec) -> PodTemplateSpec {
     let mut template = template.clone();
@@ -41,7 +35,9 @@ fn without_hash(template: &PodTemplateSpec) -> PodTemplateSpec {
 }
 
 pub fn same_template(deployment: &Deployment, set: &ReplicaSet) -> bool {
-    let (Some(wanted), Some(has)) = (deployment.spec.as_ref().map(|spec| &spec.template), set.spec.as_ref().and_then(|spec| spec.template.as_ref())) else {
+    let (Some(wanted), Some(has)) =
+        (deployment.spec.as_ref().map(|spec| &spec.template), set.spec.as_ref().and_then(|spec| spec.template.as_ref()))
+    else {
         return false;
     };
     without_hash(wanted) == without_hash(has)

@@ -118,7 +118,8 @@ fn judge_progress(deployment: &Deployment, known: &DeploymentStatus, status: &mu
         return conditions::remove(&mut status.conditions, PROGRESSING);
     }
     let current = progressing(deployment);
-    let was_done = status.replicas == status.updated_replicas && current.is_some_and(|condition| condition.reason.as_deref() == Some(NEW_AVAILABLE));
+    let was_done =
+        status.replicas == status.updated_replicas && current.is_some_and(|condition| condition.reason.as_deref() == Some(NEW_AVAILABLE));
     if was_done {
         return;
     }

@@ -49,7 +49,11 @@ pub fn start(context: &Context, tasks: &mut JoinSet<()>) {
             services.list().iter().for_each(|service| add.add(Key::of(&**service)));
         }
     });
-    let worker = Worker { informers: context.informers.clone(), recorder: context.recorder.named("endpoint-slice-controller"), triggers: Arc::default() };
+    let worker = Worker {
+        informers: context.informers.clone(),
+        recorder: context.recorder.named("endpoint-slice-controller"),
+        triggers: Arc::default(),
+    };
     tasks.spawn(worker::run("endpointslice", queue, 5, move |key| sync(worker.clone(), key)));
 }
 
@@ -118,9 +122,9 @@ async fn sync(worker: Worker, key: Key) -> Outcome {
         return Ok(None);
     }
     let pods = informers.pods.select(&key.namespace, |pod| selects_all_of(spec.selector.as_ref(), labels(&pod.metadata)));
-    let slices = informers.endpoint_slices.select(&key.namespace, |slice| {
-        is_managed_by(slice, CONTROLLER) && labels(&slice.metadata).get(SERVICE_NAME) == Some(&key.name)
-    });
+    let slices = informers
+        .endpoint_slices
+        .select(&key.namespace, |slice| is_managed_by(slice, CONTROLLER) && labels(&slice.metadata).get(SERVICE_NAME) == Some(&key.name));
     let trigger = lock(&worker.triggers).observe(&key, &service, &pods);
     let nodes = |name: &str| informers.nodes.get(&Key::new("", name));
     let plan = plan::plan(&service, &pods, nodes, &slices);

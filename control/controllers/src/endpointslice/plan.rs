@@ -28,7 +28,9 @@ pub struct Plan {
 /// Whether a pod can be an endpoint at all.
 pub fn has_endpoint(pod: &Pod, with_terminating: bool) -> bool {
     let status = pod.status.as_ref();
-    let address = status.is_some_and(|status| status.pod_ip.as_ref().is_some_and(|ip| !ip.is_empty()) || status.pod_ips.as_ref().is_some_and(|ips| !ips.is_empty()));
+    let address = status.is_some_and(|status| {
+        status.pod_ip.as_ref().is_some_and(|ip| !ip.is_empty()) || status.pod_ips.as_ref().is_some_and(|ips| !ips.is_empty())
+    });
     !is_terminal(pod) && address && (with_terminating || !is_terminating(&pod.metadata))
 }
 
@@ -46,7 +48,9 @@ pub fn find_port(pod: &Pod, port: &ServicePort) -> Option<i32> {
         .iter()
         .chain(sidecars)
         .flat_map(|container| container.ports.iter().flatten())
-        .find(|candidate| candidate.name.as_ref() == Some(wanted) && protocol(candidate.protocol.as_ref()) == protocol(port.protocol.as_ref()))
+        .find(|candidate| {
+            candidate.name.as_ref() == Some(wanted) && protocol(candidate.protocol.as_ref()) == protocol(port.protocol.as_ref())
+        })
         .map(|found| found.container_port)
 }
 
@@ -79,7 +83,13 @@ fn port_key(ports: &[EndpointPort]) -> String {
         .iter()
         .map(|port| {
             let text = |value: Option<&String>| value.cloned().unwrap_or_default();
-            format!("{}:{}:{}:{}", text(port.name.as_ref()), port.port.unwrap_or(0), text(port.protocol.as_ref()), text(port.app_protocol.as_ref()))
+            format!(
+                "{}:{}:{}:{}",
+                text(port.name.as_ref()),
+                port.port.unwrap_or(0),
+                text(port.protocol.as_ref()),
+                text(port.app_protocol.as_ref())
+            )
         })
         .collect();
     parts.sort();
@@ -93,7 +103,12 @@ fn addresses(pod: &Pod, family: &str) -> Vec<String> {
     if texts.is_empty() {
         texts.extend(status.and_then(|status| status.pod_ip.clone()));
     }
-    texts.iter().filter_map(|text| text.parse::<IpAddr>().ok()).filter(|ip| ip.is_ipv6() == (family == "IPv6")).map(|ip| ip.to_string()).collect()
+    texts
+        .iter()
+        .filter_map(|text| text.parse::<IpAddr>().ok())
+        .filter(|ip| ip.is_ipv6() == (family == "IPv6"))
+        .map(|ip| ip.to_string())
+        .collect()
 }
 
 fn endpoint(pod: &Pod, node: Option<&Node>, service: &Service, family: &str) -> Endpoint {
@@ -153,7 +168,9 @@ fn slice_labels(service: &Service) -> Labels {
 
 /// Reserved labels alone are no reason to write a slice again.
 fn labels_differ(slice: &EndpointSlice, wanted: &Labels) -> bool {
-    let own = |labels: &Labels| labels.iter().filter(|(key, _)| !is_reserved(key)).map(|(key, value)| (key.clone(), value.clone())).collect::<Labels>();
+    let own = |labels: &Labels| {
+        labels.iter().filter(|(key, _)| !is_reserved(key)).map(|(key, value)| (key.clone(), value.clone())).collect::<Labels>()
+    };
     own(labels(&slice.metadata)) != own(wanted)
 }
 
@@ -227,7 +244,12 @@ pub fn plan(service: &Service, pods: &[Arc<Pod>], node: impl Fn(&str) -> Option<
     plan
 }
 
-fn plan_family(service: &Service, family: &str, groups: BTreeMap<String, (Vec<EndpointPort>, Wanted)>, existing: &[Arc<EndpointSlice>]) -> Changes {
+fn plan_family(
+    service: &Service,
+    family: &str,
+    groups: BTreeMap<String, (Vec<EndpointPort>, Wanted)>,
+    existing: &[Arc<EndpointSlice>],
+) -> Changes {
     let mut changes = Changes::default();
     let mut by_ports: BTreeMap<String, Vec<Arc<EndpointSlice>>> = BTreeMap::new();
     for slice in existing {
@@ -353,11 +375,21 @@ mod tests {
 
     fn service() -> Service {
         Service {
-            metadata: ObjectMeta { name: Some("web".into()), namespace: Some("default".into()), uid: Some("svc".into()), ..Default::default() },
+            metadata: ObjectMeta {
+                name: Some("web".into()),
+                namespace: Some("default".into()),
+                uid: Some("svc".into()),
+                ..Default::default()
+            },
             spec: Some(ServiceSpec {
                 cluster_ip: Some("10.96.0.7".into()),
                 ip_families: Some(vec!["IPv4".into()]),
-                ports: Some(vec![ServicePort { name: Some("http".into()), port: 80, target_port: Some(IntOrString::Int(8080)), ..Default::default() }]),
+                ports: Some(vec![ServicePort {
+                    name: Some("http".into()),
+                    port: 80,
+                    target_port: Some(IntOrString::Int(8080)),
+                    ..Default::default()
+                }]),
                 ..Default::default()
             }),
             ..Default::default()
@@ -376,7 +408,11 @@ mod tests {
             status: Some(PodStatus {
                 phase: Some("Running".into()),
                 pod_ips: Some(vec![PodIP { ip: format!("10.244.{}.{}", number / 250, number % 250 + 1) }]),
-                conditions: Some(vec![PodCondition { type_: "Ready".into(), status: if ready { "True" } else { "False" }.into(), ..Default::default() }]),
+                conditions: Some(vec![PodCondition {
+                    type_: "Ready".into(),
+                    status: if ready { "True" } else { "False" }.into(),
+                    ..Default::default()
+                }]),
                 ..Default::default()
             }),
         })

@@ -194,8 +194,12 @@ impl Graph {
 
     /// A full list of a kind has been taken in: what isn't in it is gone.
     pub fn retain(&mut self, kind: &Kind, there: &HashSet<String>) -> Vec<Task> {
-        let gone: Vec<String> =
-            self.items.values().filter(|item| !item.is_virtual && *item.kind == *kind && !there.contains(&item.uid)).map(|item| item.uid.clone()).collect();
+        let gone: Vec<String> = self
+            .items
+            .values()
+            .filter(|item| !item.is_virtual && *item.kind == *kind && !there.contains(&item.uid))
+            .map(|item| item.uid.clone())
+            .collect();
         gone.iter().flat_map(|uid| self.remove(uid)).collect()
     }
 }
@@ -215,7 +219,13 @@ mod tests {
             name: Some(uid.into()),
             namespace: Some("ns".into()),
             owner_references: owner.map(|(owner, blocks)| {
-                vec![OwnerReference { uid: owner.into(), name: owner.into(), kind: "Owner".into(), block_owner_deletion: Some(blocks), ..Default::default() }]
+                vec![OwnerReference {
+                    uid: owner.into(),
+                    name: owner.into(),
+                    kind: "Owner".into(),
+                    block_owner_deletion: Some(blocks),
+                    ..Default::default()
+                }]
             }),
             ..Default::default()
         }

@@ -246,7 +246,9 @@ impl Collector {
             let requests = Request::new(resource.path(Some(namespace)));
             match self.live(&requests, &owner.name).await?.filter(|live| uid(&live.metadata) == owner.uid) {
                 None => owners.absent.push(owner.clone()),
-                Some(live) if live.metadata.deletion_timestamp.is_some() && has_finalizer(&live.metadata, FOREGROUND) => owners.waiting.push(owner.clone()),
+                Some(live) if live.metadata.deletion_timestamp.is_some() && has_finalizer(&live.metadata, FOREGROUND) => {
+                    owners.waiting.push(owner.clone())
+                }
                 Some(_) => owners.solid.push(owner.clone()),
             }
         }

@@ -132,7 +132,8 @@ impl Failures {
     /// Seconds to wait before the next replacement.
     pub fn pause(&self, now: Timestamp) -> i64 {
         let (Some(last), 1..) = (self.last, self.count) else { return 0 };
-        let pause = FIRST_PAUSE.saturating_mul(1i64.checked_shl((self.count - 1).unsigned_abs().min(30)).unwrap_or(i64::MAX)).min(LAST_PAUSE);
+        let pause =
+            FIRST_PAUSE.saturating_mul(1i64.checked_shl((self.count - 1).unsigned_abs().min(30)).unwrap_or(i64::MAX)).min(LAST_PAUSE);
         (last.as_second() + pause - now.as_second()).max(0)
     }
 }

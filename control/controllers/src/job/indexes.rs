@@ -148,10 +148,12 @@ pub fn awaiting_replacement(
     let busy = indexes_of(active.iter());
     let mut latest: HashMap<i32, Arc<Pod>> = HashMap::new();
     for pod in pods.iter().filter(|pod| has_tracking(pod) && is_failed(pod, job)) {
-        let Some(index) = valid_index(pod, completions).filter(|index| !done.0.has(*index) && !done.1.has(*index) && !busy.contains(index)) else {
+        let Some(index) = valid_index(pod, completions).filter(|index| !done.0.has(*index) && !done.1.has(*index) && !busy.contains(index))
+        else {
             continue;
         };
-        let newer = latest.get(&index).is_none_or(|other| failures_before(other) <= failures_before(pod) && finished_at(pod) >= finished_at(other));
+        let newer =
+            latest.get(&index).is_none_or(|other| failures_before(other) <= failures_before(pod) && finished_at(pod) >= finished_at(other));
         if newer {
             latest.insert(index, pod.clone());
         }
@@ -206,9 +208,15 @@ mod tests {
 
     #[test]
     fn the_short_form_is_read_and_written() {
-        for (text, completions, expected) in
-            [("", 5, ""), ("1,3-5,7", 10, "1,3-5,7"), ("0,1,2", 10, "0-2"), ("0-9", 4, "0-3"), ("3,4", 10, "3,4"), ("x,2", 10, "2"), ("8", 5, "")]
-        {
+        for (text, completions, expected) in [
+            ("", 5, ""),
+            ("1,3-5,7", 10, "1,3-5,7"),
+            ("0,1,2", 10, "0-2"),
+            ("0-9", 4, "0-3"),
+            ("3,4", 10, "3,4"),
+            ("x,2", 10, "2"),
+            ("8", 5, ""),
+        ] {
             assert_eq!(Indexes::parse(text, completions).to_string(), expected, "{text}");
         }
         let indexes = Indexes::parse("1,3-5", 10).with([2, 8]);

@@ -45,13 +45,9 @@ pub fn start(context: &Context, tasks: &mut JoinSet<()>) {
     });
     let (add, owners) = (queue.clone(), informers.jobs.clone());
     informers.pods.on_change(move |old, new| {
-        pods::concerned::<Job, Pod>(old, new, &owners, |owner, pod| selects_pod(owner, pod), |key| add.add_after(key, BATCH));
+        pods::concerned::<Job, Pod>(old, new, &owners, selects_pod, |key| add.add_after(key, BATCH));
     });
-    let worker = Worker {
-        informers: informers.clone(),
-        recorder: context.recorder.named(CONTROLLER),
-        failures: Arc::default(),
-    };
+    let worker = Worker { informers: informers.clone(), recorder: context.recorder.named(CONTROLLER), failures: Arc::default() };
     start_orphans(context, tasks);
     tasks.spawn(worker::run("job", queue, 5, move |key| sync(worker.clone(), key)));
 }

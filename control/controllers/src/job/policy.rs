@@ -57,13 +57,19 @@ fn matches(rule: &PodFailurePolicyRule, pod: &Pod) -> Option<Match> {
     let status = pod.status.as_ref()?;
     if let Some(codes) = &rule.on_exit_codes {
         let containers = status.container_statuses.iter().flatten().chain(status.init_container_statuses.iter().flatten());
-        return containers.into_iter().find_map(|container| exit_code(container, codes).map(|code| Match::Exit(container.name.clone(), code)));
+        return containers
+            .into_iter()
+            .find_map(|container| exit_code(container, codes).map(|code| Match::Exit(container.name.clone(), code)));
     }
     let patterns = rule.on_pod_conditions.as_ref()?;
     let conditions = status.conditions.iter().flatten();
     conditions
         .into_iter()
-        .find(|condition| patterns.iter().any(|pattern| pattern.type_ == condition.type_ && pattern.status.as_deref().unwrap_or("True") == condition.status))
+        .find(|condition| {
+            patterns
+                .iter()
+                .any(|pattern| pattern.type_ == condition.type_ && pattern.status.as_deref().unwrap_or("True") == condition.status)
+        })
         .map(|condition| Match::Condition(condition.type_.clone()))
 }
 
@@ -100,7 +106,9 @@ pub fn success(job: &Job, succeeded: &Indexes, completions: i32) -> Option<Strin
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::batch::v1::{JobSpec, PodFailurePolicy, PodFailurePolicyOnPodConditionsPattern, SuccessPolicy, SuccessPolicyRule};
+    use k8s_openapi::api::batch::v1::{
+        JobSpec, PodFailurePolicy, PodFailurePolicyOnPodConditionsPattern, SuccessPolicy, SuccessPolicyRule,
+    };
     use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, PodCondition, PodStatus};
 
     use super::*;
@@ -140,7 +148,10 @@ mod tests {
         let disrupted = PodFailurePolicyRule {
             action: "Ignore".into(),
             on_exit_codes: None,
-            on_pod_conditions: Some(vec![PodFailurePolicyOnPodConditionsPattern { type_: "DisruptionTarget".into(), status: Some("True".into()) }]),
+            on_pod_conditions: Some(vec![PodFailurePolicyOnPodConditionsPattern {
+                type_: "DisruptionTarget".into(),
+                status: Some("True".into()),
+            }]),
         };
         let rules = vec![disrupted, exit("FailJob", "In", &[42]), exit("Count", "NotIn", &[1])];
         let job = Job {
@@ -149,20 +160,27 @@ mod tests {
         };
         assert_eq!(judge(&job, &failed(42, Some("DisruptionTarget"))).action, Some(Action::Ignore));
         let fatal = judge(&job, &failed(42, None));
-        assert_eq!(fatal.fails_job.as_deref(), Some("Container main for pod ns/p failed with exit code 42 matching FailJob rule at index 1"));
+        assert_eq!(
+            fatal.fails_job.as_deref(),
+            Some("Container main for pod ns/p failed with exit code 42 matching FailJob rule at index 1")
+        );
         assert_eq!(judge(&job, &failed(3, None)).action, Some(Action::Count));
         assert_eq!(judge(&job, &failed(1, None)), Verdict { counts: true, action: None, fails_job: None });
     }
 
     #[test]
     fn success_rules_want_indexes_or_a_number_of_them() {
-        let rule = |indexes: Option<&str>, count| SuccessPolicyRule { succeeded_indexes: indexes.map(str::to_owned), succeeded_count: count };
+        let rule =
+            |indexes: Option<&str>, count| SuccessPolicyRule { succeeded_indexes: indexes.map(str::to_owned), succeeded_count: count };
         let job = |rules| Job {
             spec: Some(JobSpec { success_policy: Some(SuccessPolicy { rules }), ..Default::default() }),
             ..Default::default()
         };
         let done = Indexes::parse("0,2", 5);
-        assert_eq!(success(&job(vec![rule(Some("0,1"), None), rule(Some("0-2"), Some(2))]), &done, 5).as_deref(), Some("Matched rules at index 1"));
+        assert_eq!(
+            success(&job(vec![rule(Some("0,1"), None), rule(Some("0-2"), Some(2))]), &done, 5).as_deref(),
+            Some("Matched rules at index 1")
+        );
         assert_eq!(success(&job(vec![rule(None, Some(3))]), &done, 5), None);
         assert_eq!(success(&job(vec![rule(Some("2"), None)]), &done, 5).as_deref(), Some("Matched rules at index 0"));
     }

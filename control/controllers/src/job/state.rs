@@ -7,7 +7,9 @@ use jiff::Timestamp;
 use k8s_openapi::api::batch::v1::{Job, JobCondition, JobStatus};
 use k8s_openapi::api::core::v1::Pod;
 
-use super::facts::{self, Failures, TRACKING, condition, ensure, has_tracking, is_failed, is_indexed, is_suspended, new_condition, replaces_only_failed};
+use super::facts::{
+    self, Failures, TRACKING, condition, ensure, has_tracking, is_failed, is_indexed, is_suspended, new_condition, replaces_only_failed,
+};
 use super::indexes::{self, Indexes, index_of};
 use super::{may_manage, policy};
 use crate::conditions::{FALSE, TRUE};
@@ -83,12 +85,17 @@ impl State {
         }
         let completions = job.spec.as_ref().and_then(|spec| spec.completions).unwrap_or(0);
         let indexed = is_indexed(&job);
-        let uncounted_pod =
-            |pod: &&Arc<Pod>| has_tracking(pod) && (!indexed || index_of(pod).is_some_and(|index| index < completions));
-        let new_succeeded: Vec<&Arc<Pod>> =
-            pods.iter().filter(uncounted_pod).filter(|pod| pod_phase(pod) == "Succeeded" && !done.contains(&uid(&pod.metadata).to_owned())).collect();
-        let new_failed: Vec<&Arc<Pod>> =
-            pods.iter().filter(uncounted_pod).filter(|pod| is_failed(pod, &job) && !lost.contains(&uid(&pod.metadata).to_owned())).collect();
+        let uncounted_pod = |pod: &&Arc<Pod>| has_tracking(pod) && (!indexed || index_of(pod).is_some_and(|index| index < completions));
+        let new_succeeded: Vec<&Arc<Pod>> = pods
+            .iter()
+            .filter(uncounted_pod)
+            .filter(|pod| pod_phase(pod) == "Succeeded" && !done.contains(&uid(&pod.metadata).to_owned()))
+            .collect();
+        let new_failed: Vec<&Arc<Pod>> = pods
+            .iter()
+            .filter(uncounted_pod)
+            .filter(|pod| is_failed(pod, &job) && !lost.contains(&uid(&pod.metadata).to_owned()))
+            .collect();
         let failed = failed_so_far + lost.len() as i32 + count(new_failed.iter().filter(|pod| policy::judge(&job, pod).counts));
         let succeeded = succeeded_so_far + done.len() as i32 + new_succeeded.len() as i32;
         let failures = known.after(new_succeeded.iter().map(|pod| &***pod), new_failed.iter().map(|pod| &***pod));
@@ -148,7 +155,8 @@ impl State {
             self.finished = match condition(&self.job, "FailureTarget") {
                 Some(target) => Some(JobCondition { type_: "Failed".into(), ..target.clone() }),
                 None => {
-                    let fatal = self.pods.iter().filter(|pod| is_failed(pod, &self.job)).find_map(|pod| policy::judge(&self.job, pod).fails_job);
+                    let fatal =
+                        self.pods.iter().filter(|pod| is_failed(pod, &self.job)).find_map(|pod| policy::judge(&self.job, pod).fails_job);
                     fatal.and_then(|message| failure("PodFailurePolicy", &message))
                 }
             };
@@ -179,9 +187,9 @@ impl State {
             return false;
         }
         let running = self.pods.iter().filter(|pod| matches!(pod_phase(pod), "Running" | "Pending"));
-        let statuses = running.flat_map(|pod| pod.status.iter()).flat_map(|status| {
-            status.init_container_statuses.iter().flatten().chain(status.container_statuses.iter().flatten())
-        });
+        let statuses = running
+            .flat_map(|pod| pod.status.iter())
+            .flat_map(|status| status.init_container_statuses.iter().flatten().chain(status.container_statuses.iter().flatten()));
         let restarts: i32 = statuses.map(|status| status.restart_count).sum();
         if limit == 0 { restarts > 0 } else { restarts >= limit }
     }
@@ -207,7 +215,8 @@ impl State {
                     self.finished = failure("FailedIndexes", "Job has failed indexes");
                 }
             }
-            self.awaiting = indexes::awaiting_replacement(&self.job, &self.pods, &self.active, (&self.succeeded_indexes, &failed), completions);
+            self.awaiting =
+                indexes::awaiting_replacement(&self.job, &self.pods, &self.active, (&self.succeeded_indexes, &failed), completions);
             self.failed_indexes = Some(failed);
         }
         if self.finished.is_none()
@@ -288,7 +297,8 @@ impl State {
             taken = taken.merged(failed);
         }
         let pause_of = |index: &i32| self.awaiting.get(index).map_or(0, |pod| index_pause(pod, now));
-        let (ready, waiting): (Vec<i32>, Vec<i32>) = taken.missing(self.completions(), missing).into_iter().partition(|index| pause_of(index) == 0);
+        let (ready, waiting): (Vec<i32>, Vec<i32>) =
+            taken.missing(self.completions(), missing).into_iter().partition(|index| pause_of(index) == 0);
         if ready.is_empty() {
             return waiting.iter().map(pause_of).min().map(wait).unwrap_or_default();
         }
@@ -320,7 +330,8 @@ impl State {
         let complete = self.active_count == 0 && wanted.map_or(self.succeeded > 0, |wanted| self.succeeded >= wanted);
         let ending = condition(&self.job, "FailureTarget").is_some() || self.finished.is_some();
         if !ending && complete {
-            self.finished = Some(new_condition("SuccessCriteriaMet", TRUE, "CompletionsReached", "Reached expected number of succeeded pods", now));
+            self.finished =
+                Some(new_condition("SuccessCriteriaMet", TRUE, "CompletionsReached", "Reached expected number of succeeded pods", now));
         } else if !ending && self.managed {
             let suspended = is_suspended(&self.job);
             let wanted = if suspended {
@@ -400,7 +411,8 @@ impl State {
         if is_terminating(&self.job.metadata) || self.finished.is_some() || pod_phase(pod) == "Succeeded" {
             return true;
         }
-        let awaited = || index_of(pod).and_then(|index| self.awaiting.get(&index)).is_some_and(|other| uid(&other.metadata) == uid(&pod.metadata));
+        let awaited =
+            || index_of(pod).and_then(|index| self.awaiting.get(&index)).is_some_and(|other| uid(&other.metadata) == uid(&pod.metadata));
         lost && !awaited()
     }
 
@@ -411,7 +423,8 @@ impl State {
         let total = some(all.total());
         self.succeeded_before = all;
         let status = self.status();
-        let changed = status.completed_indexes != text || status.failed_indexes != failed || status.succeeded.filter(|number| *number != 0) != total;
+        let changed =
+            status.completed_indexes != text || status.failed_indexes != failed || status.succeeded.filter(|number| *number != 0) != total;
         (status.completed_indexes, status.failed_indexes, status.succeeded) = (text, failed, total);
         self.flush |= changed;
     }
@@ -428,7 +441,12 @@ impl State {
             self.status().conditions.get_or_insert_default().push(interim);
             self.flush = true;
         }
-        self.finished = Some(JobCondition { type_: last.into(), last_probe_time: Some(seconds(now)), last_transition_time: Some(seconds(now)), ..finished });
+        self.finished = Some(JobCondition {
+            type_: last.into(),
+            last_probe_time: Some(seconds(now)),
+            last_transition_time: Some(seconds(now)),
+            ..finished
+        });
     }
 
     pub fn untracked(&mut self, uid: &str) {
@@ -470,7 +488,10 @@ impl State {
         }
         let complete = finished.type_ == "Complete";
         let status = self.status();
-        ensure(&mut status.conditions, JobCondition { last_probe_time: Some(seconds(now)), last_transition_time: Some(seconds(now)), ..finished });
+        ensure(
+            &mut status.conditions,
+            JobCondition { last_probe_time: Some(seconds(now)), last_transition_time: Some(seconds(now)), ..finished },
+        );
         if complete {
             status.completion_time = Some(seconds(now));
         }
@@ -502,7 +523,10 @@ mod tests {
     }
 
     fn job(spec: JobSpec) -> Job {
-        let mut job = Job { spec: Some(JobSpec { template: PodTemplateSpec { spec: Some(Default::default()), ..Default::default() }, ..spec }), ..Default::default() };
+        let mut job = Job {
+            spec: Some(JobSpec { template: PodTemplateSpec { spec: Some(Default::default()), ..Default::default() }, ..spec }),
+            ..Default::default()
+        };
         job.metadata.name = Some("j".into());
         job.metadata.uid = Some("j".into());
         job
@@ -535,7 +559,12 @@ mod tests {
     }
 
     fn conditions(job: &Job) -> Vec<String> {
-        job.status.iter().flat_map(|status| status.conditions.iter().flatten()).filter(|known| known.status == TRUE).map(|known| known.type_.clone()).collect()
+        job.status
+            .iter()
+            .flat_map(|status| status.conditions.iter().flatten())
+            .filter(|known| known.status == TRUE)
+            .map(|known| known.type_.clone())
+            .collect()
     }
 
     #[test]

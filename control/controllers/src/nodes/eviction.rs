@@ -30,7 +30,8 @@ pub fn start(context: &Context, tasks: &mut JoinSet<()>) {
         let Some(pod) = new.or(old) else { return };
         let moved = old.map(|pod| pod_node(pod)) != new.map(|pod| pod_node(pod));
         let tolerations = |pod: Option<&Arc<Pod>>| pod.and_then(|pod| pod.spec.as_ref()).and_then(|spec| spec.tolerations.clone());
-        let tainted = || nodes.get(&Key::new("", pod_node(pod))).is_some_and(|node| taints(&node).iter().any(|taint| taint.effect == "NoExecute"));
+        let tainted =
+            || nodes.get(&Key::new("", pod_node(pod))).is_some_and(|node| taints(&node).iter().any(|taint| taint.effect == "NoExecute"));
         if new.is_none() || moved && tainted() || !moved && tolerations(old) != tolerations(new) {
             add.add(Key::of(&**pod));
         }
@@ -44,7 +45,11 @@ pub fn start(context: &Context, tasks: &mut JoinSet<()>) {
             pods.list().iter().filter(|pod| pod_node(pod) == title).for_each(|pod| add.add(Key::of(&**pod)));
         }
     });
-    let worker = Worker { informers: context.informers.clone(), recorder: context.recorder.named("taint-eviction-controller"), clocks: Clocks::default() };
+    let worker = Worker {
+        informers: context.informers.clone(),
+        recorder: context.recorder.named("taint-eviction-controller"),
+        clocks: Clocks::default(),
+    };
     tasks.spawn(worker::run("taint-eviction", queue, 8, move |key| sync(worker.clone(), key)));
 }
 

@@ -178,7 +178,9 @@ impl Monitor {
             if with_no_execute(node, wanted).is_none() {
                 continue;
             }
-            let has_other = taints::taints(node).iter().any(|taint| taint.effect == "NoExecute" && [NOT_READY, UNREACHABLE].contains(&taint.key.as_str()));
+            let has_other = taints::taints(node)
+                .iter()
+                .any(|taint| taint.effect == "NoExecute" && [NOT_READY, UNREACHABLE].contains(&taint.key.as_str()));
             if wanted.is_some() && !has_other && !self.may_taint(&zone(node), zones.get(&zone(node))) {
                 continue;
             }
@@ -295,7 +297,12 @@ fn with_no_execute(node: &Node, wanted: Option<&str>) -> Option<Vec<Taint>> {
         return None;
     }
     let mut result: Vec<Taint> = taints::taints(node).iter().filter(|taint| !ours(taint)).cloned().collect();
-    result.extend(wanted.map(|key| Taint { key: key.into(), effect: "NoExecute".into(), value: None, time_added: Some(crate::objects::now()) }));
+    result.extend(wanted.map(|key| Taint {
+        key: key.into(),
+        effect: "NoExecute".into(),
+        value: None,
+        time_added: Some(crate::objects::now()),
+    }));
     Some(result)
 }
 
@@ -315,7 +322,10 @@ mod tests {
     fn a_silent_node_becomes_unknown_once() {
         let silent = without_news(&node("a", TRUE), Timestamp::from_second(5).unwrap()).unwrap();
         let conditions = silent.status.as_ref().unwrap().conditions.clone().unwrap();
-        let shown: Vec<_> = conditions.iter().map(|condition| (condition.type_.as_str(), condition.status.as_str(), condition.reason.as_deref().unwrap())).collect();
+        let shown: Vec<_> = conditions
+            .iter()
+            .map(|condition| (condition.type_.as_str(), condition.status.as_str(), condition.reason.as_deref().unwrap()))
+            .collect();
         assert_eq!(shown[0], ("Ready", UNKNOWN, "NodeStatusUnknown"));
         assert_eq!(shown[1], ("MemoryPressure", UNKNOWN, "NodeStatusNeverUpdated"));
         assert!(without_news(&silent, Timestamp::now()).is_none());

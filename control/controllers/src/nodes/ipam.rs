@@ -149,7 +149,8 @@ impl Blocks {
         for step in 0..count {
             let index = (self.next + step) % count;
             let Some(block) = self.block(index) else { continue };
-            let is_reserved = self.reserved.is_some_and(|reserved| reserved.contains(&block.network()) || block.contains(&reserved.network()));
+            let is_reserved =
+                self.reserved.is_some_and(|reserved| reserved.contains(&block.network()) || block.contains(&reserved.network()));
             if self.taken.contains_key(&index) || is_reserved {
                 continue;
             }

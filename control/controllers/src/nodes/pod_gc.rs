@@ -71,7 +71,12 @@ fn excess(pods: &[Arc<Pod>], threshold: usize) -> Vec<Arc<Pod>> {
     finished
 }
 
-async fn gone_nodes(informers: &Informers, pods: &[Arc<Pod>], nodes: &[Arc<Node>], missing: &mut HashMap<String, Instant>) -> HashSet<String> {
+async fn gone_nodes(
+    informers: &Informers,
+    pods: &[Arc<Pod>],
+    nodes: &[Arc<Node>],
+    missing: &mut HashMap<String, Instant>,
+) -> HashSet<String> {
     let there: HashSet<&str> = nodes.iter().map(|node| name(&node.metadata)).collect();
     let named: HashSet<&str> = pods.iter().map(|pod| pod_node(pod)).filter(|node| !node.is_empty() && !there.contains(node)).collect();
     missing.retain(|node, _| named.contains(node.as_str()));

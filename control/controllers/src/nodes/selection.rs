@@ -11,7 +11,8 @@ fn requirement_matches(requirement: &NodeSelectorRequirement, value: Option<&str
         "Exists" => value.is_some(),
         "DoesNotExist" => value.is_none(),
         operator @ ("Gt" | "Lt") => {
-            let (Some(left), Some(right)) = (value.and_then(|value| value.parse::<i64>().ok()), values().next().and_then(|value| value.parse::<i64>().ok()))
+            let (Some(left), Some(right)) =
+                (value.and_then(|value| value.parse::<i64>().ok()), values().next().and_then(|value| value.parse::<i64>().ok()))
             else {
                 return false;
             };
@@ -29,7 +30,9 @@ pub fn term_matches(term: &NodeSelectorTerm, node: &Node) -> bool {
         return false;
     }
     expressions.iter().all(|requirement| requirement_matches(requirement, labels(&node.metadata).get(&requirement.key).map(String::as_str)))
-        && fields.iter().all(|requirement| requirement.key == "metadata.name" && requirement_matches(requirement, Some(name(&node.metadata))))
+        && fields
+            .iter()
+            .all(|requirement| requirement.key == "metadata.name" && requirement_matches(requirement, Some(name(&node.metadata))))
 }
 
 pub fn selector_matches(selector: &NodeSelector, node: &Node) -> bool {

@@ -83,12 +83,15 @@ fn with_no_schedule(node: &Node) -> Option<Vec<Taint>> {
     if node.spec.as_ref().and_then(|spec| spec.unschedulable) == Some(true) {
         wanted.push(UNSCHEDULABLE);
     }
-    let ours = |taint: &Taint| taint.effect == "NoSchedule" && (taint.key == UNSCHEDULABLE || BY_CONDITION.iter().any(|(.., key)| *key == taint.key));
+    let ours = |taint: &Taint| {
+        taint.effect == "NoSchedule" && (taint.key == UNSCHEDULABLE || BY_CONDITION.iter().any(|(.., key)| *key == taint.key))
+    };
     let current: Vec<&Taint> = taints(node).iter().filter(|taint| ours(taint)).collect();
     if current.len() == wanted.len() && wanted.iter().all(|key| current.iter().any(|taint| taint.key == *key)) {
         return None;
     }
-    let mut result: Vec<Taint> = taints(node).iter().filter(|taint| !ours(taint) || wanted.contains(&taint.key.as_str())).cloned().collect();
+    let mut result: Vec<Taint> =
+        taints(node).iter().filter(|taint| !ours(taint) || wanted.contains(&taint.key.as_str())).cloned().collect();
     for key in wanted {
         if !current.iter().any(|taint| taint.key == key) {
             result.push(Taint { key: key.into(), effect: "NoSchedule".into(), value: None, time_added: Some(crate::objects::now()) });

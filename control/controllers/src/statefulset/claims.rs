@@ -39,7 +39,8 @@ fn names<K: Resource<DynamicType = ()>>(reference: &OwnerReference, object: &K) 
 /// The owners that the retention policy asks for; None for no owners at all.
 fn owners(current: &[OwnerReference], set: &StatefulSet, pod: &Pod) -> Option<Vec<OwnerReference>> {
     let (when_scaled, when_deleted) = deletes(set);
-    let mut owners: Vec<OwnerReference> = current.iter().filter(|reference| !names(reference, set) && !names(reference, pod)).cloned().collect();
+    let mut owners: Vec<OwnerReference> =
+        current.iter().filter(|reference| !names(reference, set) && !names(reference, pod)).cloned().collect();
     let foreign = owners.iter().any(|reference| reference.controller == Some(true));
     let scaled_away = ordinal(pod).is_some_and(|number| !ordinals(set).contains(&number));
     if !foreign {
@@ -90,8 +91,10 @@ mod tests {
             set.metadata.uid = Some("set".into());
             let spec = set.spec.get_or_insert_default();
             spec.replicas = Some(1);
-            spec.persistent_volume_claim_retention_policy =
-                Some(StatefulSetPersistentVolumeClaimRetentionPolicy { when_scaled: Some(scaled.into()), when_deleted: Some(deleted.into()) });
+            spec.persistent_volume_claim_retention_policy = Some(StatefulSetPersistentVolumeClaimRetentionPolicy {
+                when_scaled: Some(scaled.into()),
+                when_deleted: Some(deleted.into()),
+            });
             set
         };
         let pod = |number: i32| {

@@ -75,7 +75,8 @@ pub fn pod(set: &StatefulSet, template: &PodTemplateSpec, revision: &str, ordina
 /// The pod with its marks back; None when it has them. Volumes of an existing pod can't be changed.
 pub fn repaired(set: &StatefulSet, pod: &Pod) -> Option<Pod> {
     let ordinal = ordinal(pod)?;
-    if pod_name(set, ordinal) == name(&pod.metadata) && labels(&pod.metadata).get(POD_NAME).map(String::as_str) == Some(name(&pod.metadata)) {
+    if pod_name(set, ordinal) == name(&pod.metadata) && labels(&pod.metadata).get(POD_NAME).map(String::as_str) == Some(name(&pod.metadata))
+    {
         return None;
     }
     let mut updated = pod.clone();
@@ -115,7 +116,10 @@ mod tests {
             Some(vec![Volume { name: "data".into(), ..Default::default() }, Volume { name: "tmp".into(), ..Default::default() }]);
         let made = pod(&set, &template, "web-1", 2);
         let pod_spec = made.spec.as_ref().unwrap();
-        assert_eq!((name(&made.metadata), pod_spec.hostname.as_deref(), pod_spec.subdomain.as_deref()), ("web-2", Some("web-2"), Some("svc")));
+        assert_eq!(
+            (name(&made.metadata), pod_spec.hostname.as_deref(), pod_spec.subdomain.as_deref()),
+            ("web-2", Some("web-2"), Some("svc"))
+        );
         let volumes = pod_spec.volumes.as_ref().unwrap();
         assert_eq!(volumes[0].persistent_volume_claim.as_ref().unwrap().claim_name, "data-web-2");
         assert_eq!((volumes.len(), volumes[1].name.as_str()), (2, "tmp"));

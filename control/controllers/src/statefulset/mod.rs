@@ -45,7 +45,7 @@ pub fn start(context: &Context, tasks: &mut JoinSet<()>) {
     });
     let (add, owners) = (queue.clone(), informers.stateful_sets.clone());
     informers.pods.on_change(move |old, new| {
-        pods::concerned::<StatefulSet, Pod>(old, new, &owners, |owner, pod| is_member(owner, pod), |key| add.add(key));
+        pods::concerned::<StatefulSet, Pod>(old, new, &owners, is_member, |key| add.add(key));
     });
     let worker = Worker { informers: informers.clone(), recorder: context.recorder.named(CONTROLLER) };
     tasks.spawn(worker::run("statefulset", queue, 5, move |key| sync(worker.clone(), key)));
@@ -67,7 +67,9 @@ async fn sync(worker: Worker, key: Key) -> Outcome {
     let known = history::list(&informers.stateful_sets, &*set, &informers.controller_revisions, Some(&spec.selector)).await?;
     let candidate = |pod: &Pod| controller_of(&pod.metadata).is_none_or(|controller| controller.uid == uid(&set.metadata));
     let candidates = informers.pods.select(&key.namespace, candidate);
-    let pods = pods::claim_all(&informers.stateful_sets, &*set, &controller_ref(&*set), &informers.pods, candidates, |pod| is_member(&set, pod)).await?;
+    let pods =
+        pods::claim_all(&informers.stateful_sets, &*set, &controller_ref(&*set), &informers.pods, candidates, |pod| is_member(&set, pod))
+            .await?;
     let collisions = set.status.as_ref().and_then(|status| status.collision_count).unwrap_or(0);
     let update = history::current(&informers.controller_revisions, &*set, &spec.template, &known, collisions).await?;
     let current = worker.current_revision(&set, &known, &update.revision);
@@ -88,7 +90,12 @@ async fn sync(worker: Worker, key: Key) -> Outcome {
 }
 
 impl Worker {
-    fn current_revision(&self, set: &StatefulSet, known: &[Arc<ControllerRevision>], update: &Arc<ControllerRevision>) -> Arc<ControllerRevision> {
+    fn current_revision(
+        &self,
+        set: &StatefulSet,
+        known: &[Arc<ControllerRevision>],
+        update: &Arc<ControllerRevision>,
+    ) -> Arc<ControllerRevision> {
         let wanted = set.status.as_ref().and_then(|status| status.current_revision.as_deref()).unwrap_or_default();
         known.iter().find(|revision| name(&revision.metadata) == wanted).unwrap_or(update).clone()
     }
@@ -110,7 +117,10 @@ impl Worker {
                 first = Err(error);
             }
         }
-        debug_assert!(parallel || steps.iter().filter(|step| matches!(step, Step::Create(_))).count() <= 1, "ordered sets make one pod at a time");
+        debug_assert!(
+            parallel || steps.iter().filter(|step| matches!(step, Step::Create(_))).count() <= 1,
+            "ordered sets make one pod at a time"
+        );
         first
     }
 
@@ -164,7 +174,7 @@ impl Worker {
         let Some(repaired) = identity::repaired(set, pod) else { return Ok(()) };
         let verb = ("SuccessfulUpdate", "FailedUpdate", "update", "Update");
         let result = self.informers.pods.update(&repaired).await.map(drop);
-        self.tell(set, pod, verb, result.as_ref().map(|()| ()));
+        self.tell(set, pod, verb, result.as_ref().copied());
         result
     }
 
@@ -173,7 +183,9 @@ impl Worker {
         let (pod, owner) = (name(&pod.metadata), name(&set.metadata));
         match result {
             Ok(()) => self.recorder.normal(set, good, format!("{lower} Pod {pod} in StatefulSet {owner} successful")),
-            Err(error) => self.recorder.warning(set, bad, format!("{lower} Pod {pod} in StatefulSet {owner} failed error: {}", error.message())),
+            Err(error) => {
+                self.recorder.warning(set, bad, format!("{lower} Pod {pod} in StatefulSet {owner} failed error: {}", error.message()))
+            }
         }
         tracing::trace!(verb = title, pod, "told");
     }
@@ -199,7 +211,8 @@ impl Worker {
                     }
                     Err(error) if error.is_already_exists() => {}
                     Err(error) => {
-                        let message = format!("create Claim {title} for Pod {pod_name} in StatefulSet {owner} failed error: {}", error.message());
+                        let message =
+                            format!("create Claim {title} for Pod {pod_name} in StatefulSet {owner} failed error: {}", error.message());
                         self.recorder.warning(set, "FailedCreate", message);
                         return Err(SyncError::Other(format!("failed to create PVC {title}: {}", error.message())));
                     }

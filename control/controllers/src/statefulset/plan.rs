@@ -12,7 +12,7 @@ use crate::objects::{is_available, is_ready, is_terminating, name, pod_phase};
 
 #[derive(Clone, Debug)]
 pub enum Step {
-    Create(Pod),
+    Create(Box<Pod>),
     Delete(Arc<Pod>),
     /// Bring labels and claims of a running pod in order.
     Repair(Arc<Pod>),
@@ -30,7 +30,9 @@ pub struct Revisions {
 impl Revisions {
     pub fn new(set: &StatefulSet, current: &ControllerRevision, update: &ControllerRevision, collisions: i32) -> Self {
         let own = set.spec.as_ref().map(|spec| spec.template.clone()).unwrap_or_default();
-        let of = |revision: &ControllerRevision| (name(&revision.metadata).to_owned(), history::template(revision).unwrap_or_else(|| own.clone()));
+        let of = |revision: &ControllerRevision| {
+            (name(&revision.metadata).to_owned(), history::template(revision).unwrap_or_else(|| own.clone()))
+        };
         Self { current: of(current), update: (name(&update.metadata).to_owned(), own.clone()), collisions }
     }
 }
@@ -61,7 +63,8 @@ impl<'a> View<'a> {
         let wanted = ordinals(set);
         let at = |number: i32| pods.iter().find(|pod| ordinal(pod) == Some(number)).cloned();
         let members = wanted.clone().map(|number| (number, at(number))).collect();
-        let mut condemned: Vec<_> = pods.iter().filter(|pod| ordinal(pod).is_some_and(|number| !wanted.contains(&number))).cloned().collect();
+        let mut condemned: Vec<_> =
+            pods.iter().filter(|pod| ordinal(pod).is_some_and(|number| !wanted.contains(&number))).cloned().collect();
         condemned.sort_by_key(|pod| std::cmp::Reverse(ordinal(pod)));
         Self { set, revisions, members, condemned, now }
     }
@@ -119,7 +122,7 @@ impl<'a> View<'a> {
     /// Whether the pods after this one must wait.
     fn step_member(&self, number: i32, member: Option<&Arc<Pod>>, steps: &mut Vec<Step>) -> bool {
         let Some(pod) = member else {
-            steps.push(Step::Create(self.missing(number)));
+            steps.push(Step::Create(Box::new(self.missing(number))));
             return true;
         };
         if matches!(pod_phase(pod), "Failed" | "Succeeded") {
@@ -140,7 +143,8 @@ impl<'a> View<'a> {
 
     /// Whether there is something to wait for before an update may go on.
     fn step_condemned(&self, steps: &mut Vec<Step>) -> bool {
-        let first_ill = self.members.iter().filter_map(|(_, pod)| pod.as_ref()).chain(self.condemned.iter().rev()).find(|pod| !self.is_healthy(pod));
+        let first_ill =
+            self.members.iter().filter_map(|(_, pod)| pod.as_ref()).chain(self.condemned.iter().rev()).find(|pod| !self.is_healthy(pod));
         for pod in &self.condemned {
             if is_terminating(&pod.metadata) {
                 if self.is_parallel() {
@@ -235,7 +239,8 @@ mod tests {
         let mut pod = identity::pod(&set(1, "", None), &PodTemplateSpec::default(), revision, number);
         let status = pod.status.get_or_insert_default();
         status.phase = Some("Running".into());
-        status.conditions = Some(vec![PodCondition { type_: "Ready".into(), status: if ready { "True" } else { "False" }.into(), ..Default::default() }]);
+        status.conditions =
+            Some(vec![PodCondition { type_: "Ready".into(), status: if ready { "True" } else { "False" }.into(), ..Default::default() }]);
         Arc::new(pod)
     }
 
@@ -269,11 +274,17 @@ mod tests {
 
     #[test]
     fn an_update_runs_down_to_the_partition() {
-        let all = |revisions: [&str; 3]| revisions.iter().enumerate().map(|(number, revision)| pod(number as i32, revision, true)).collect::<Vec<_>>();
+        let all = |revisions: [&str; 3]| {
+            revisions.iter().enumerate().map(|(number, revision)| pod(number as i32, revision, true)).collect::<Vec<_>>()
+        };
         assert_eq!(steps(&set(3, "OrderedReady", None), all(["old", "old", "old"])), ["-web-2"]);
         assert_eq!(steps(&set(3, "OrderedReady", None), all(["old", "old", "new"])), ["-web-1"]);
         assert!(steps(&set(3, "OrderedReady", Some(2)), all(["old", "old", "new"])).is_empty());
-        assert_eq!(steps(&set(3, "OrderedReady", Some(2)), vec![pod(0, "old", true)]), ["+web-1:old"], "below the partition the old template counts");
+        assert_eq!(
+            steps(&set(3, "OrderedReady", Some(2)), vec![pod(0, "old", true)]),
+            ["+web-1:old"],
+            "below the partition the old template counts"
+        );
     }
 
     #[test]
