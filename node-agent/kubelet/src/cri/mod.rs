@@ -9,7 +9,7 @@ use tower::service_fn;
 pub mod events;
 
 /// The messages of `api.proto`, as generated.
-#[allow(clippy::doc_lazy_continuation, clippy::large_enum_variant, rust_2018_idioms)]
+#[allow(clippy::doc_lazy_continuation, clippy::doc_overindented_list_items, clippy::large_enum_variant, rust_2018_idioms)]
 pub mod v1 {
     tonic::include_proto!("runtime.v1");
 }

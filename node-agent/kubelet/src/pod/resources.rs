@@ -164,7 +164,7 @@ pub fn oom_score_adjust(pod: &Pod, container: &Container, memory_capacity: i64) 
     if is_sidecar(container) && init_containers(pod).iter().any(|init| init.name == container.name) {
         adjust = adjust.min(score(containers(pod).iter().map(memory).min().unwrap_or(0)));
     }
-    adjust.max(1000 + GUARANTEED_OOM_ADJUST).min(BEST_EFFORT_OOM_ADJUST - 1)
+    adjust.clamp(1000 + GUARANTEED_OOM_ADJUST, BEST_EFFORT_OOM_ADJUST - 1)
 }
 
 /// `hugepages-<size>` limits as (size in the kernel's notation, bytes).

@@ -239,8 +239,14 @@ async fn make_sandbox(host: &Host, pod: &Pod, config: &v1::PodSandboxConfig) -> 
         None => String::new(),
         Some(name) => match host.lookup.runtime_class(name).await {
             Ok(Some(class)) => class.handler,
-            Ok(None) => return Err(failed(format!("RuntimeClass \"{name}\" not found"))),
-            Err(error) => return Err(failed(error.to_string())),
+            Ok(None) => {
+                failed(format!("RuntimeClass \"{name}\" not found"));
+                return Err(());
+            }
+            Err(error) => {
+                failed(error.to_string());
+                return Err(());
+            }
         },
     };
     tokio::fs::create_dir_all(&config.log_directory).await.map_err(|error| failed(format!("mkdir {}: {error}", config.log_directory)))?;
@@ -472,7 +478,7 @@ mod tests {
         let pod = pod("Always", &["s1*", "s2*"], &["a"]);
         let running = ["a", "s1", "s2"].map(str::to_owned);
         let order = EndOrder::new(&pod, &running);
-        assert!(order.before.get("a").is_none());
+        assert!(!order.before.contains_key("a"));
         assert_eq!(order.before["s2"], ["a"]);
         assert_eq!(order.before["s1"], ["a", "s2"]);
         order.end("a");
