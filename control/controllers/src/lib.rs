@@ -12,10 +12,13 @@ pub mod pods;
 pub mod store;
 pub mod worker;
 
+pub mod aggregation;
 pub mod certificates;
+pub mod cronjob;
 pub mod daemonset;
 pub mod deployment;
 pub mod discovery;
+pub mod disruption;
 pub mod endpoints;
 pub mod endpointslice;
 pub mod garbage;
@@ -28,6 +31,7 @@ pub mod replicaset;
 pub mod root_ca;
 pub mod serviceaccount;
 pub mod statefulset;
+pub mod ttl_after_finished;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -95,6 +99,10 @@ fn start(context: &Context, tasks: &mut JoinSet<()>) {
     daemonset::start(context, tasks);
     statefulset::start(context, tasks);
     job::start(context, tasks);
+    cronjob::start(context, tasks);
+    ttl_after_finished::start(context, tasks);
+    disruption::start(context, tasks);
+    aggregation::start(context, tasks);
     endpointslice::start(context, tasks);
     endpoints::start(context, tasks);
     mirroring::start(context, tasks);
