@@ -6,6 +6,7 @@
 pub mod meta;
 pub mod names;
 pub mod quantity;
+pub mod quota;
 pub mod time;
 
 pub mod jsonpath;

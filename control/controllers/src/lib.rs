@@ -27,6 +27,7 @@ pub mod job;
 pub mod mirroring;
 pub mod namespace;
 pub mod nodes;
+pub mod quota;
 pub mod replicaset;
 pub mod root_ca;
 pub mod serviceaccount;
@@ -110,6 +111,7 @@ fn start(context: &Context, tasks: &mut JoinSet<()>) {
     root_ca::start(context, tasks);
     namespace::start(context, tasks);
     nodes::start(context, tasks);
-    garbage::start(context, tasks);
+    let recount = quota::start(context, tasks);
+    garbage::start(context, tasks, recount);
     certificates::start(context, tasks);
 }

@@ -1,8 +1,6 @@
 //! LimitRanger: requests and limits that a namespace's LimitRanges fill in and bound.
 
-use std::collections::BTreeMap;
-
-use outrigger_api::quantity::Quantity;
+use outrigger_api::quota::{Amounts, amounts, pod_total};
 use outrigger_api::{Status, meta};
 use serde_json::Value;
 
@@ -54,59 +52,9 @@ impl Plugin for LimitRanger {
     }
 }
 
-type Amounts = BTreeMap<String, Quantity>;
-
-pub fn amounts(map: &Value) -> Amounts {
-    map.as_object().into_iter().flatten().map(|(name, value)| (name.clone(), Quantity::of(value))).collect()
-}
 
 fn containers(pod: &Value) -> impl Iterator<Item = &Value> {
     meta::items(pod, "spec.containers").iter().chain(meta::items(pod, "spec.initContainers"))
-}
-
-/// What a pod as a whole asks for: containers and sidecars together, or one init container with the sidecars before it, if that is more.
-pub fn pod_total(pod: &Value, side: &str) -> Amounts {
-    let of = |container: &Value| amounts(&container["resources"][side]);
-    let mut running = Amounts::new();
-    let mut peak = Amounts::new();
-    let add = |into: &mut Amounts, more: &Amounts| {
-        for (name, amount) in more {
-            let sum = into.get(name).copied().unwrap_or_default() + *amount;
-            into.insert(name.clone(), sum);
-        }
-    };
-    for container in meta::items(pod, "spec.initContainers") {
-        if container["restartPolicy"] == "Always" {
-            add(&mut running, &of(container));
-            raise(&mut peak, &running);
-        } else {
-            let mut alone = running.clone();
-            add(&mut alone, &of(container));
-            raise(&mut peak, &alone);
-        }
-    }
-    for container in meta::items(pod, "spec.containers") {
-        add(&mut running, &of(container));
-    }
-    raise(&mut running, &peak);
-    let overhead = amounts(meta::get(pod, "spec.overhead"));
-    if side == "requests" {
-        add(&mut running, &overhead);
-    } else {
-        for (name, amount) in overhead {
-            if let Some(total) = running.get_mut(&name) {
-                *total = *total + amount;
-            }
-        }
-    }
-    running
-}
-
-fn raise(into: &mut Amounts, other: &Amounts) {
-    for (name, amount) in other {
-        let most = into.get(name).copied().unwrap_or_default().max(*amount);
-        into.insert(name.clone(), most);
-    }
 }
 
 /// Puts a range's defaults into the containers that say nothing, and notes in an annotation what was set.

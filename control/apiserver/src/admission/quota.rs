@@ -2,16 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use outrigger_api::quantity::Quantity;
+use outrigger_api::quota::{Amounts as Usage, amounts, in_scope, usage};
 use outrigger_api::{Status, meta};
 use serde_json::Value;
 
-use super::limits::{amounts, pod_total};
 use super::{Attributes, Operation, all};
 use crate::engine::Engine;
 use crate::registry::update;
-
-type Usage = BTreeMap<String, Quantity>;
 
 /// Charges the namespace's quotas with what this write adds.
 pub async fn charge(engine: &Engine, attributes: &Attributes<'_>, object: Option<&Value>) -> Result<(), Status> {
@@ -25,7 +22,7 @@ pub async fn charge(engine: &Engine, attributes: &Attributes<'_>, object: Option
     if delta.is_empty() {
         return Ok(());
     }
-    for quota in quotas.iter().filter(|quota| in_scope(quota, attributes, object)) {
+    for quota in quotas.iter().filter(|quota| in_scope(quota, &attributes.resource.group, &attributes.resource.plural, object)) {
         let hard = amounts(meta::get(quota, "status.hard"));
         let limited: Usage = delta.iter().filter(|(name, _)| hard.contains_key(*name)).map(|(n, q)| (n.clone(), *q)).collect();
         require_compute(attributes, quota, &hard, object)?;
@@ -76,9 +73,9 @@ async fn spend(engine: &Engine, attributes: &Attributes<'_>, quota: &str, delta:
 
 /// What the write adds to the use of each quota resource; only increases count.
 fn delta(attributes: &Attributes<'_>, object: &Value) -> Usage {
-    let mut now = usage(attributes, object);
+    let mut now = usage(&attributes.resource.group, &attributes.resource.plural, object);
     if let (Operation::Update, Some(old)) = (attributes.operation, attributes.old) {
-        let before = usage(attributes, old);
+        let before = usage(&attributes.resource.group, &attributes.resource.plural, old);
         for (name, amount) in &mut now {
             if let Some(old) = before.get(name) {
                 *amount = *amount - *old;
@@ -87,68 +84,6 @@ fn delta(attributes: &Attributes<'_>, object: &Value) -> Usage {
     }
     now.retain(|_, amount| !amount.is_zero() && !amount.is_negative());
     now
-}
-
-fn usage(attributes: &Attributes<'_>, object: &Value) -> Usage {
-    let one = Quantity::from_units(1);
-    let resource = attributes.resource;
-    let mut usage = Usage::new();
-    let count = if resource.group.is_empty() { format!("count/{}", resource.plural) } else { format!("count/{}.{}", resource.plural, resource.group) };
-    usage.insert(count, one);
-    if !resource.group.is_empty() {
-        return usage;
-    }
-    match resource.plural.as_ref() {
-        "pods" => usage.extend(pod_usage(object)),
-        "services" => {
-            usage.insert("services".into(), one);
-            let ports = Quantity::from_units(meta::items(object, "spec.ports").len() as i64);
-            match meta::text(object, "spec.type") {
-                "NodePort" => drop(usage.insert("services.nodeports".into(), ports)),
-                "LoadBalancer" => {
-                    usage.insert("services.loadbalancers".into(), one);
-                    if meta::get(object, "spec.allocateLoadBalancerNodePorts") != &Value::Bool(false) {
-                        usage.insert("services.nodeports".into(), ports);
-                    }
-                }
-                _ => {}
-            }
-        }
-        "persistentvolumeclaims" => {
-            let storage = Quantity::of(meta::at(object, &["spec", "resources", "requests", "storage"]));
-            usage.insert("persistentvolumeclaims".into(), one);
-            usage.insert("requests.storage".into(), storage);
-            let class = meta::text(object, "spec.storageClassName");
-            if !class.is_empty() {
-                usage.insert(format!("{class}.storageclass.storage.k8s.io/persistentvolumeclaims"), one);
-                usage.insert(format!("{class}.storageclass.storage.k8s.io/requests.storage"), storage);
-            }
-        }
-        plural @ ("configmaps" | "secrets" | "replicationcontrollers" | "resourcequotas") => {
-            usage.insert(plural.to_string(), one);
-        }
-        _ => {}
-    }
-    usage
-}
-
-/// A pod's compute resources under all the names that quotas have for them.
-fn pod_usage(pod: &Value) -> Usage {
-    let mut usage = Usage::new();
-    if matches!(meta::text(pod, "status.phase"), "Succeeded" | "Failed") {
-        return usage;
-    }
-    usage.insert("pods".into(), Quantity::from_units(1));
-    for (name, amount) in pod_total(pod, "requests") {
-        if matches!(name.as_str(), "cpu" | "memory" | "ephemeral-storage") || name.starts_with("hugepages-") {
-            usage.insert(name.clone(), amount);
-        }
-        usage.insert(format!("requests.{name}"), amount);
-    }
-    for (name, amount) in pod_total(pod, "limits") {
-        usage.insert(format!("limits.{name}"), amount);
-    }
-    usage
 }
 
 /// A quota on compute resources obliges every container to say what it asks for.
@@ -175,43 +110,4 @@ fn require_compute(attributes: &Attributes<'_>, quota: &Value, hard: &Usage, obj
     }
     let parts: Vec<String> = missing.iter().map(|(name, containers)| format!("{name} for: {}", containers.join(","))).collect();
     Err(attributes.forbidden(format!("failed quota: {}: must specify {}", meta::name(quota), parts.join("; "))))
-}
-
-fn in_scope(quota: &Value, attributes: &Attributes<'_>, object: &Value) -> bool {
-    let simple = meta::items(quota, "spec.scopes").iter().map(|scope| (scope.as_str().unwrap_or_default(), "Exists", Vec::new()));
-    let selected = meta::items(quota, "spec.scopeSelector.matchExpressions").iter().map(|e| {
-        let values = meta::items(e, "values").iter().filter_map(Value::as_str).collect::<Vec<_>>();
-        (meta::text(e, "scopeName"), meta::text(e, "operator"), values)
-    });
-    let is_pod = attributes.resource.is("", "Pod");
-    simple.chain(selected).all(|(scope, operator, values)| match scope {
-        "PriorityClass" if is_pod => by_operator(operator, meta::text(object, "spec.priorityClassName"), &values),
-        "Terminating" => is_pod && meta::get(object, "spec.activeDeadlineSeconds").is_i64(),
-        "NotTerminating" => is_pod && !meta::get(object, "spec.activeDeadlineSeconds").is_i64(),
-        "BestEffort" => is_pod && is_best_effort(object),
-        "NotBestEffort" => is_pod && !is_best_effort(object),
-        "VolumeAttributesClass" if attributes.resource.is("", "PersistentVolumeClaim") => {
-            by_operator(operator, meta::text(object, "spec.volumeAttributesClassName"), &values)
-        }
-        _ => false,
-    })
-}
-
-fn by_operator(operator: &str, value: &str, values: &[&str]) -> bool {
-    match operator {
-        "In" => values.contains(&value),
-        "NotIn" => !values.contains(&value),
-        "DoesNotExist" => value.is_empty(),
-        _ => !value.is_empty(),
-    }
-}
-
-pub fn is_best_effort(pod: &Value) -> bool {
-    let all = meta::items(pod, "spec.containers").iter().chain(meta::items(pod, "spec.initContainers"));
-    let asks = |container: &Value| {
-        ["requests", "limits"].iter().any(|side| {
-            ["cpu", "memory"].iter().any(|resource| !Quantity::of(&container["resources"][side][resource]).is_zero())
-        })
-    };
-    !all.into_iter().any(asks)
 }

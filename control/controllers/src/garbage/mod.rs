@@ -20,12 +20,14 @@ use tracing::debug;
 use crate::Context;
 use crate::discovery::Resource;
 use crate::error::SyncError;
-use crate::objects::{has_finalizer, uid};
+use crate::objects::{has_finalizer, namespace, uid};
+use crate::quota::Recount;
 use crate::worker::{self, Outcome, Queue};
 
 use graph::{FOREGROUND, Graph, Item, Kind, ORPHAN, Owner, Task};
 
-pub fn start(context: &Context, tasks: &mut JoinSet<()>) {
+/// `gone` hears the namespace of every object that is no more.
+pub fn start(context: &Context, tasks: &mut JoinSet<()>, gone: Recount) {
     let queue = Queue::<Task>::new();
     let client = context.informers.client.clone();
     let collector = Arc::new(Collector {
@@ -34,6 +36,7 @@ pub fn start(context: &Context, tasks: &mut JoinSet<()>) {
         queue: queue.clone(),
         resources: Mutex::default(),
         kinds_changed: Notify::new(),
+        gone,
     });
     let covered = monitor::feed_from_stores(&context.informers, &collector);
     tasks.spawn(monitor::watch_kinds(client, collector.clone(), covered));
@@ -48,6 +51,7 @@ pub struct Collector {
     resources: Mutex<Vec<Resource>>,
     /// Rung when a definition of a kind changes.
     kinds_changed: Notify,
+    gone: Recount,
 }
 
 type Meta = PartialObjectMeta<DynamicObject>;
@@ -64,6 +68,7 @@ impl Collector {
 
     fn gone(&self, meta: &ObjectMeta) {
         self.gone_uid(uid(meta));
+        (self.gone)(namespace(meta));
     }
 
     fn gone_uid(&self, uid: &str) {
