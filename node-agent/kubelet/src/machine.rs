@@ -128,7 +128,9 @@ fn binary_size(bytes: u64) -> String {
 pub fn disk_space(path: &Path) -> Option<(u64, u64)> {
     let facts = statvfs(path).ok()?;
     let block = facts.fragment_size();
-    Some((facts.blocks() * block, facts.blocks_available() * block))
+    // What is reserved is nobody's to use: it is no part of the size, or a half empty disk may look full.
+    let reserved = facts.blocks_free().saturating_sub(facts.blocks_available());
+    Some((facts.blocks().saturating_sub(reserved) * block, facts.blocks_available() * block))
 }
 
 /// As Go calls it.
