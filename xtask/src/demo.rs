@@ -62,7 +62,7 @@ spec:
       containers:
       - name: wget
         image: {busybox}
-        command: ["sh", "-c", "until wget -q -O - -T 2 http://hello.{NAMESPACE}.svc.cluster.local/; do sleep 0.2; done"]
+        command: ["sh", "-c", "until timeout 2 wget -q -O - http://hello.{NAMESPACE}.svc.cluster.local/; do sleep 0.2; done"]
 "#,
         nginx = crate::images::demo::NGINX,
         busybox = crate::images::demo::BUSYBOX,

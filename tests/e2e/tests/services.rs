@@ -32,7 +32,7 @@ fn a_service_answers_by_address_name_and_node_port() -> Result<()> {
     let service = space.json(&["get", "service", "web"])?;
     let address: SocketAddr = format!("{}:80", service["spec"]["clusterIP"].as_str().context("no cluster IP")?).parse()?;
     let node_port = service["spec"]["ports"][0]["nodePort"].as_u64().context("no node port")?;
-    let fetch = |url: &str| space.run(&["exec", "client", "--", "wget", "-q", "-O", "-", "-T", "3", url]);
+    let fetch = |url: &str| space.run(&["exec", "client", "--", "timeout", "5", "wget", "-q", "-O", "-", url]);
 
     // Programming follows readiness by a moment, as everywhere.
     eventually(PATIENCE, || fetch(&format!("http://{address}/hostname")))?;
@@ -64,7 +64,7 @@ fn a_service_without_endpoints_refuses_at_once() -> Result<()> {
     space.run(&["rollout", "status", "deployment/web", "--timeout=90s"])?;
     space.apply(&shell("client"))?;
     space.run(&["wait", "pod/client", "--for=condition=Ready", "--timeout=60s"])?;
-    let fetch = || space.kubectl(&["exec", "client", "--", "wget", "-q", "-O", "-", "-T", "5", "http://web/hostname"]).output();
+    let fetch = || space.kubectl(&["exec", "client", "--", "timeout", "5", "wget", "-q", "-O", "-", "http://web/hostname"]).output();
     eventually(PATIENCE, || {
         ensure!(fetch()?.status.success(), "no answer yet");
         Ok(())
@@ -86,7 +86,7 @@ fn a_client_stays_with_its_endpoint_when_asked_to() -> Result<()> {
     space.apply(&shell("client"))?;
     space.run(&["rollout", "status", "deployment/web", "--timeout=90s"])?;
     space.run(&["wait", "pod/client", "--for=condition=Ready", "--timeout=60s"])?;
-    let fetch = || space.run(&["exec", "client", "--", "wget", "-q", "-O", "-", "-T", "3", "http://web/hostname"]);
+    let fetch = || space.run(&["exec", "client", "--", "timeout", "5", "wget", "-q", "-O", "-", "http://web/hostname"]);
     let first = eventually(PATIENCE, fetch)?;
     for _ in 0..15 {
         let again = fetch()?;
