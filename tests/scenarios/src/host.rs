@@ -162,6 +162,8 @@ fn outcome(result: std::io::Result<(String, SocketAddr)>) -> Reply {
             ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted | ErrorKind::BrokenPipe => Reply::Reset,
             ErrorKind::TimedOut | ErrorKind::WouldBlock => Reply::TimedOut,
             ErrorKind::NetworkUnreachable | ErrorKind::HostUnreachable => Reply::Unreachable,
+            // A UDP socket that was ended is no longer connected.
+            _ if error.raw_os_error() == Some(nix::libc::EDESTADDRREQ) => Reply::Reset,
             _ => Reply::Failed(error.to_string()),
         },
     }

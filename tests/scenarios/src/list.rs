@@ -342,8 +342,31 @@ status: {podIP: 10.244.1.10, podIPs: [{ip: 10.244.1.10}]}
         scenario(
             "UDP flows leave a backend that is gone",
             cluster_ip("") + &ready(&["a"]),
-            vec![open("udp", PodB, Udp, VIP, OneOf(&["a"])), Step::Apply(ready(&["r"])), Step::Say { id: "udp", expect: From(&["r"]) }],
+            vec![
+                Step::OpenUnconnected { id: "udp", from: PodB, to: VIP, expect: OneOf(&["a"]) },
+                Step::Apply(ready(&["r"])),
+                Step::Say { id: "udp", expect: From(&["r"]) },
+            ],
         ),
+        Scenario {
+            unsupported: &[(
+                Mode::Ebpf,
+                "a connected socket has its backend's address itself; it's ended, so that its program connects anew",
+            )],
+            ..scenario(
+                "connected UDP sockets leave a backend that is gone",
+                cluster_ip("") + &ready(&["a"]),
+                vec![open("udp", PodB, Udp, VIP, OneOf(&["a"])), Step::Apply(ready(&["r"])), Step::Say { id: "udp", expect: From(&["r"]) }],
+            )
+        },
+        Scenario {
+            unsupported: &[(Mode::Nftables, "the flow is led on instead"), (Mode::Userspace, "the flow is led on instead")],
+            ..scenario(
+                "a connected UDP socket is told that its backend is gone",
+                cluster_ip("") + &ready(&["a"]),
+                vec![open("udp", PodB, Udp, VIP, OneOf(&["a"])), Step::Apply(ready(&["r"])), Step::Say { id: "udp", expect: Ended }],
+            )
+        },
         scenario(
             "a client of a dead TCP backend is told at once",
             cluster_ip("") + &ready(&["a"]),

@@ -279,22 +279,23 @@ fn node_addresses(found: &[Address], selected: &[IpNet]) -> HashMap<abi::Addr, u
 
 /// A link-local address means nothing without its interface.
 fn is_link_local(ip: IpAddr) -> bool {
-    matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local())
+    match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    }
 }
 
-/// The interfaces that carry the node's own addresses, by name, with the source that each gives to what is sent on.
+/// The interfaces that clients outside may come by, with the source that each gives to what is sent on: its own address of the
+/// node's where it has one. The ends of pods' links have none.
 fn uplinks(found: &[Address], node_ips: &[IpAddr]) -> BTreeMap<String, abi::Uplink> {
     let mut uplinks: BTreeMap<String, abi::Uplink> = BTreeMap::new();
-    for address in found.iter().filter(|address| !address.loopback && node_ips.contains(&address.ip)) {
+    let (own, other): (Vec<_>, Vec<_>) =
+        found.iter().filter(|address| !address.loopback && !is_link_local(address.ip)).partition(|address| node_ips.contains(&address.ip));
+    for address in own.into_iter().chain(other) {
         let uplink = uplinks.entry(address.interface.clone()).or_default();
-        if address.ip.is_ipv4() { uplink.v4 = address.ip.into() } else { uplink.v6 = address.ip.into() }
-    }
-    for address in found.iter().filter(|address| !is_link_local(address.ip)) {
-        if let Some(uplink) = uplinks.get_mut(&address.interface) {
-            let source = if address.ip.is_ipv4() { &mut uplink.v4 } else { &mut uplink.v6 };
-            if *source == abi::Addr::default() {
-                *source = address.ip.into();
-            }
+        let source = if address.ip.is_ipv4() { &mut uplink.v4 } else { &mut uplink.v6 };
+        if *source == abi::Addr::default() {
+            *source = address.ip.into();
         }
     }
     uplinks
