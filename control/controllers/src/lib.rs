@@ -33,6 +33,7 @@ pub mod root_ca;
 pub mod serviceaccount;
 pub mod statefulset;
 pub mod ttl_after_finished;
+pub mod volumes;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -104,6 +105,7 @@ fn start(context: &Context, tasks: &mut JoinSet<()>) {
     ttl_after_finished::start(context, tasks);
     disruption::start(context, tasks);
     aggregation::start(context, tasks);
+    volumes::start(context, tasks);
     endpointslice::start(context, tasks);
     endpoints::start(context, tasks);
     mirroring::start(context, tasks);
