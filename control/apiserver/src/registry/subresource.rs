@@ -214,9 +214,25 @@ async fn evict(engine: &Engine, call: &Call, request: Request) -> Result<Reply, 
     if !finished {
         spend_budget(engine, call, &pod, options.dry_run).await?;
     }
+    if !meta::is_deleting(&pod) && !options.dry_run {
+        mark_disrupted(engine, call, name).await?;
+    }
     let inner = call.derived(call.resource.clone(), "delete", call.namespace(), name);
     delete(engine, &inner, name, &options).await?;
     Ok(Reply::Object(201, Status::success(201).to_value()))
+}
+
+/// Says in the pod's status why it is about to end, for whoever judges its failure.
+async fn mark_disrupted(engine: &Engine, call: &Call, name: &str) -> Result<(), Status> {
+    let mut inner = call.derived(call.resource.clone(), "patch", call.namespace(), name);
+    inner.info.subresource = "status".into();
+    update::change_unchecked(engine, &inner, name, |current| {
+        let mut object = current.clone();
+        let why = json!({"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "Eviction API: evicting"});
+        set_condition(&mut object, why);
+        Ok(object)
+    })
+    .await
 }
 
 /// Takes one disruption from the pod's budget, or refuses with 429.
