@@ -8,7 +8,7 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Bumped when a layout or a meaning changes: pinned maps of another version aren't adopted.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
@@ -222,6 +222,30 @@ pub mod node_address_flags {
     pub const HOST_ONLY: u32 = 1 << 1;
 }
 
+/// Key of the longest-prefix map `source_ranges`: who may connect to the Service port's load balancer addresses.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct SourceRange {
+    /// In bits, over all that follows.
+    pub prefix: u32,
+    pub service: u32,
+    pub addr: Addr,
+}
+
+impl SourceRange {
+    /// `length` counts the bits of the address' own family.
+    #[inline(always)]
+    pub const fn new(service: u32, addr: Addr, length: u32) -> Self {
+        Self { prefix: 32 + length + if addr.is_v4() { 96 } else { 0 }, service, addr }
+    }
+
+    /// For looking one client up.
+    #[inline(always)]
+    pub const fn exact(service: u32, addr: Addr) -> Self {
+        Self { prefix: 160, service, addr }
+    }
+}
+
 /// Socket storage `peers`: where a socket was led. `frontend` is what its program dialled, `backend` what it got.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -371,6 +395,7 @@ const _: () = {
     assert!(size_of::<FrontendKey>() == 20);
     assert!(size_of::<Frontend>() == 28);
     assert!(size_of::<Slot>() == 24);
+    assert!(size_of::<SourceRange>() == 24);
     assert!(size_of::<Peer>() == 64);
     assert!(size_of::<DatagramKey>() == 32);
     assert!(size_of::<Datagram>() == 32);

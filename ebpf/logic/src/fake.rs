@@ -2,7 +2,7 @@
 extern crate std;
 use core::cell::{Cell, RefCell};
 use std::boxed::Box;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::vec::Vec;
 
 use outrigger_abi::{
@@ -19,6 +19,9 @@ pub struct Fake {
     pub frontends: HashMap<FrontendKey, Frontend>,
     pub slots: Vec<Slot>,
     pub nodes: HashMap<Addr, u32>,
+    pub cluster_ips: HashSet<Addr>,
+    /// Service port and client.
+    pub sources: HashSet<(u32, Addr)>,
     pub affinity: RefCell<HashMap<AffinityKey, Affinity>>,
     pub datagrams: RefCell<HashMap<DatagramKey, Datagram>>,
     pub flows: RefCell<HashMap<Tuple, Flow>>,
@@ -62,6 +65,12 @@ impl Tables for Fake {
     }
     fn node_address(&self, addr: &Addr) -> Option<u32> {
         self.nodes.get(addr).copied()
+    }
+    fn is_cluster_ip(&self, addr: &Addr) -> bool {
+        self.cluster_ips.contains(addr)
+    }
+    fn allows(&self, service: u32, source: &Addr) -> bool {
+        self.sources.contains(&(service, *source))
     }
     fn affinity(&self, key: &AffinityKey) -> Option<&Affinity> {
         // Leaked, so that it can be lent while the map changes: tests are short.

@@ -13,6 +13,10 @@ pub trait Tables {
     fn slot(&self, index: u32) -> Option<&Slot>;
     /// `node_address_flags`.
     fn node_address(&self, addr: &Addr) -> Option<u32>;
+    /// Whether a Service has the address as its cluster IP, with whatever port.
+    fn is_cluster_ip(&self, addr: &Addr) -> bool;
+    /// Whether the Service port's source ranges have the client.
+    fn allows(&self, service: u32, source: &Addr) -> bool;
     fn affinity(&self, key: &AffinityKey) -> Option<&Affinity>;
     fn remember(&self, key: &AffinityKey, affinity: &Affinity);
     fn random(&self) -> u32;
@@ -104,7 +108,16 @@ pub fn find<'a, T: Tables>(tables: &'a T, key: &FrontendKey, client: Client) -> 
 /// Where a new connection (or, with a hint, the next datagram of a flow) goes.
 #[inline(always)]
 pub fn choose<T: Tables>(tables: &T, key: &FrontendKey, client: Client, hint: Hint) -> Verdict {
-    let Some(frontend) = find(tables, key, client) else { return Verdict::Pass };
+    let Some(frontend) = find(tables, key, client) else {
+        // Nobody else answers at a cluster IP; without this the client would wait for a packet that is lost.
+        return if tables.is_cluster_ip(&key.addr) { Verdict::Refuse(0) } else { Verdict::Pass };
+    };
+    if frontend.flags & frontend_flags::SOURCE_RANGES != 0
+        && let Client::Packet { source, .. } = client
+        && !tables.allows(frontend.service, &source)
+    {
+        return Verdict::Drop(frontend.service);
+    }
     let Some(range) = backends(frontend, client) else { return none(frontend, client) };
     if let Some((slot, index)) = pick(tables, frontend, range, client, hint) {
         return Verdict::To(choice(frontend, range, slot, index));

@@ -132,3 +132,22 @@ fn search_finds_every_member_of_a_large_set_and_nothing_else() {
         assert_eq!(locate(&fake, 1, range, &Hint { backend: endpoint(backend), base: 0, index: 3 }), None);
     }
 }
+
+#[test]
+fn other_ports_of_a_cluster_ip_are_refused() {
+    let mut fake = Fake::default();
+    fake.serve(tcp("10.96.0.1:80"), 1, &["10.0.0.1:80"]);
+    fake.cluster_ips.insert(endpoint("10.96.0.1:0").addr);
+    assert_eq!(choose(&fake, &tcp("10.96.0.1:81"), POD, Hint::NONE), Verdict::Refuse(0));
+    assert!(target(choose(&fake, &tcp("10.96.0.1:80"), POD, Hint::NONE)).is_some());
+}
+
+#[test]
+fn source_ranges_keep_strangers_out() {
+    let mut fake = Fake::default();
+    fake.serve(tcp("1.1.1.1:80"), 1, &["10.0.0.1:80"]).flags = frontend_flags::SOURCE_RANGES;
+    let outside = |source| Client::Packet { source: endpoint(source).addr, outside: true };
+    fake.sources.insert((1, endpoint("9.9.9.9:0").addr));
+    assert!(target(choose(&fake, &tcp("1.1.1.1:80"), outside("9.9.9.9:0"), Hint::NONE)).is_some());
+    assert_eq!(choose(&fake, &tcp("1.1.1.1:80"), outside("9.9.9.8:0"), Hint::NONE), Verdict::Drop(1));
+}

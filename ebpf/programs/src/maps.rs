@@ -5,7 +5,8 @@ use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use aya_ebpf::macros::{btf_map, map};
-use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use aya_ebpf::maps::lpm_trie::Key;
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use outrigger_abi as abi;
 use outrigger_logic::service::Tables;
 
@@ -20,6 +21,10 @@ static FRONTENDS: HashMap<abi::FrontendKey, abi::Frontend> = HashMap::with_max_e
 static SLOTS: Array<abi::Slot> = Array::with_max_entries(1024, 0);
 #[map(name = "node_addresses")]
 static NODE_ADDRESSES: HashMap<abi::Addr, u32> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+#[map(name = "cluster_ips")]
+static CLUSTER_IPS: HashMap<abi::Addr, u32> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+#[map(name = "source_ranges")]
+static SOURCE_RANGES: LpmTrie<[u32; 5], u32> = LpmTrie::with_max_entries(1024, BPF_F_NO_PREALLOC);
 #[map(name = "affinity")]
 static AFFINITY: LruHashMap<abi::AffinityKey, abi::Affinity> = LruHashMap::with_max_entries(1024, 0);
 #[map(name = "datagrams")]
@@ -52,6 +57,18 @@ impl Tables for Kernel {
     fn node_address(&self, addr: &abi::Addr) -> Option<u32> {
         // SAFETY: as for FRONTENDS.
         unsafe { NODE_ADDRESSES.get(addr) }.copied()
+    }
+
+    #[inline(always)]
+    fn is_cluster_ip(&self, addr: &abi::Addr) -> bool {
+        // SAFETY: as for FRONTENDS.
+        unsafe { CLUSTER_IPS.get(addr) }.is_some()
+    }
+
+    #[inline(always)]
+    fn allows(&self, service: u32, source: &abi::Addr) -> bool {
+        let abi::SourceRange { prefix, service, addr: abi::Addr([a, b, c, d]) } = abi::SourceRange::exact(service, *source);
+        SOURCE_RANGES.get(Key::new(prefix, [service, a, b, c, d])).is_some()
     }
 
     #[inline(always)]

@@ -37,10 +37,11 @@ impl Sizes {
     }
 }
 
-const TABLE_MAPS: [&str; 3] = ["frontends", "slots", "counters"];
+const TABLE_MAPS: [&str; 4] = ["frontends", "cluster_ips", "slots", "counters"];
 /// Maps that outlive a change of size, with how many elements they hold.
-const SHARED_MAPS: [(&str, u32); 6] = [
+const SHARED_MAPS: [(&str, u32); 7] = [
     ("node_addresses", 4096),
+    ("source_ranges", 1 << 16),
     ("affinity", 1 << 15),
     ("datagrams", 1 << 15),
     ("peers", 0),
@@ -66,7 +67,8 @@ impl Programs {
     /// Loads the programs around the maps pinned in `tables` and `shared`; maps that aren't there yet are made and pinned.
     pub fn load(tables: &Path, shared: &Path, sizes: &Sizes, host_namespace: u64) -> Result<Self> {
         let mut loader = EbpfLoader::new();
-        let sizes = [sizes.frontends, sizes.slots, sizes.services];
+        // There are no more cluster IPs than frontends.
+        let sizes = [sizes.frontends, sizes.frontends, sizes.slots, sizes.services];
         for (name, size) in TABLE_MAPS.into_iter().zip(sizes) {
             loader.map_max_entries(name, size).map_pin_path(name, tables.join(name));
         }

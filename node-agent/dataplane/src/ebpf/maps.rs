@@ -30,6 +30,7 @@ plain!(
     abi::FrontendKey,
     abi::Frontend,
     abi::Slot,
+    abi::SourceRange,
     abi::DatagramKey,
     abi::Datagram,
     abi::AffinityKey,
@@ -134,13 +135,19 @@ impl<K: Plain, V: Plain> Map<K, V> {
 /// The maps that hold the table: replaced together by larger ones when one of them gets too small.
 pub struct Tables {
     pub frontends: Map<abi::FrontendKey, abi::Frontend>,
+    pub cluster_ips: Map<abi::Addr, u32>,
     pub slots: Map<u32, abi::Slot>,
     pub counters: CounterMap,
 }
 
 impl Tables {
     pub fn open(folder: &Path) -> Result<Self> {
-        Ok(Self { frontends: Map::open(folder, "frontends")?, slots: Map::open(folder, "slots")?, counters: CounterMap::open(folder)? })
+        Ok(Self {
+            frontends: Map::open(folder, "frontends")?,
+            cluster_ips: Map::open(folder, "cluster_ips")?,
+            slots: Map::open(folder, "slots")?,
+            counters: CounterMap::open(folder)?,
+        })
     }
 }
 
@@ -187,6 +194,7 @@ impl CounterMap {
 pub struct Shared {
     pub node_addresses: Map<abi::Addr, u32>,
     pub datagrams: Map<abi::DatagramKey, abi::Datagram>,
+    pub source_ranges: Map<abi::SourceRange, u32>,
     pub uplinks: Map<u32, abi::Uplink>,
     pub flows: Map<abi::Tuple, abi::Flow>,
     /// Socket storage has a descriptor as its key.
@@ -200,6 +208,7 @@ impl Shared {
         Ok(Self {
             node_addresses: Map::open(folder, "node_addresses")?,
             datagrams: Map::open(folder, "datagrams")?,
+            source_ranges: Map::open(folder, "source_ranges")?,
             uplinks: Map::open(folder, "uplinks")?,
             flows: Map::open(folder, "flows")?,
             peers,

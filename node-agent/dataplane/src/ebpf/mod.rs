@@ -60,12 +60,15 @@ struct Ebpf {
     pins: Pins,
     nodeport_addresses: Vec<IpNet>,
     node_ips: Vec<IpAddr>,
+    cluster_cidrs: Vec<IpNet>,
     node: Namespace,
     host_namespace: u64,
     programs: Programs,
     tables: Tables,
     shared: Shared,
     layout: Layout,
+    /// Some Service port has source ranges.
+    narrowed: bool,
     /// The programs of this agent are in place.
     attached: bool,
     /// The uplinks that they hang on.
@@ -87,12 +90,14 @@ impl Ebpf {
             pins,
             nodeport_addresses: config.nodeport_addresses.clone(),
             node_ips: config.node_ips.clone(),
+            cluster_cidrs: config.cluster_cidrs.clone(),
             node,
             host_namespace,
             programs,
             tables,
             shared,
             layout: Layout::default(),
+            narrowed: false,
             attached: false,
             attached_to: Vec::new(),
         })
@@ -109,8 +114,12 @@ impl Ebpf {
         }
         let batch = self.layout.apply(table, delta);
         let (upserted, removed) = (batch.puts.len(), batch.deletes.len());
+        self.update_source_ranges(table, delta)?;
         if self.sizes().hold(&self.layout.needed()) {
             write(&self.tables, &batch)?;
+            if delta.full {
+                self.tables.cluster_ips.settle(self.layout.cluster_ips())?;
+            }
             if !self.attached {
                 attach::attach_cgroup(&self.programs, &self.cgroup, &self.pins)?;
             }
@@ -124,6 +133,17 @@ impl Ebpf {
         }
         let ended = self.end(table, delta);
         Ok(Applied { upserted, removed, ended })
+    }
+
+    /// Before the frontends that ask for them. Few Services have any, so all are settled at once.
+    fn update_source_ranges(&mut self, table: &Table, delta: &Delta) -> Result<()> {
+        let mut changed = delta.upserts.iter().filter_map(|upsert| table.get(&upsert.frontend));
+        if delta.full || self.narrowed || changed.any(|entry| !entry.source_ranges.is_empty()) {
+            let ranges = self.layout.source_ranges(table);
+            self.narrowed = !ranges.is_empty();
+            self.shared.source_ranges.settle(ranges)?;
+        }
+        Ok(())
     }
 
     /// Fills larger maps beside those in use and turns the programs to them; readers see one or the other, each whole.
@@ -148,7 +168,7 @@ impl Ebpf {
         let failed = |error| BackendError::kernel("list the node's addresses", error);
         let addresses = self.node.run(namespace::addresses).map_err(failed)?.map_err(failed)?;
         self.shared.node_addresses.settle(node_addresses(&addresses, &self.nodeport_addresses))?;
-        let uplinks = uplinks(&addresses, &self.node_ips);
+        let uplinks = uplinks(&addresses, &self.node_ips, &self.cluster_cidrs);
         let Self { node, programs, pins, shared, attached_to, .. } = self;
         let attach = || -> Result<Vec<Interface>> {
             let mut interfaces = Vec::new();
@@ -233,6 +253,7 @@ impl Ebpf {
             Parting::Handover => {
                 let keys = self.tables.frontends.entries()?;
                 keys.iter().try_for_each(|(key, _)| self.tables.frontends.delete(key).map(drop))?;
+                self.tables.cluster_ips.settle(HashMap::new())?;
                 self.layout = Layout::default();
                 Ok(())
             }
@@ -245,7 +266,11 @@ fn write(tables: &Tables, batch: &Batch) -> Result<()> {
     batch.fresh_services.iter().try_for_each(|&service| tables.counters.reset(service))?;
     tables.slots.put_all(&batch.slots)?;
     tables.frontends.put_all(&batch.puts)?;
-    batch.deletes.iter().try_for_each(|key| tables.frontends.delete(key).map(drop))
+    batch.deletes.iter().try_for_each(|key| tables.frontends.delete(key).map(drop))?;
+    for (addr, came) in &batch.cluster_ips {
+        if *came { tables.cluster_ips.put(addr, &1)? } else { _ = tables.cluster_ips.delete(addr)? }
+    }
+    Ok(())
 }
 
 /// A socket whose backend its frontend no longer has. Where the frontend is gone too, TCP connections are left to their
@@ -286,11 +311,16 @@ fn is_link_local(ip: IpAddr) -> bool {
 }
 
 /// The interfaces that clients outside may come by, with the source that each gives to what is sent on: its own address of the
-/// node's where it has one. The ends of pods' links have none.
-fn uplinks(found: &[Address], node_ips: &[IpAddr]) -> BTreeMap<String, abi::Uplink> {
+/// node's where it has one. Interfaces towards pods have no address,
+/// or one of the pods' network.
+fn uplinks(found: &[Address], node_ips: &[IpAddr], cluster_cidrs: &[IpNet]) -> BTreeMap<String, abi::Uplink> {
     let mut uplinks: BTreeMap<String, abi::Uplink> = BTreeMap::new();
-    let (own, other): (Vec<_>, Vec<_>) =
-        found.iter().filter(|address| !address.loopback && !is_link_local(address.ip)).partition(|address| node_ips.contains(&address.ip));
+    let in_cluster = |address: &&Address| cluster_cidrs.iter().any(|net| net.contains(&address.ip));
+    let to_pods: HashSet<&str> = found.iter().filter(in_cluster).map(|address| address.interface.as_str()).collect();
+    let (own, other): (Vec<_>, Vec<_>) = found
+        .iter()
+        .filter(|address| !address.loopback && !is_link_local(address.ip) && !to_pods.contains(address.interface.as_str()))
+        .partition(|address| node_ips.contains(&address.ip));
     for address in own.into_iter().chain(other) {
         let uplink = uplinks.entry(address.interface.clone()).or_default();
         let source = if address.ip.is_ipv4() { &mut uplink.v4 } else { &mut uplink.v6 };

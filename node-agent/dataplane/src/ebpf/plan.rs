@@ -22,6 +22,8 @@ pub struct Batch {
     pub slots: Vec<(u32, abi::Slot)>,
     pub puts: Vec<(abi::FrontendKey, abi::Frontend)>,
     pub deletes: Vec<abi::FrontendKey>,
+    /// Cluster IPs that came (true) or went.
+    pub cluster_ips: Vec<(abi::Addr, bool)>,
 }
 
 /// A set of backends of one Service port.
@@ -49,6 +51,8 @@ struct Service {
 pub struct Layout {
     frontends: HashMap<abi::FrontendKey, abi::Frontend>,
     by_name: HashMap<ServicePortName, u32>,
+    /// How many frontends each has.
+    cluster_ips: HashMap<abi::Addr, u32>,
     /// By index; 0 is nobody's.
     services: Vec<Service>,
     free_services: VecDeque<u32>,
@@ -64,6 +68,7 @@ impl Default for Layout {
         Self {
             frontends: HashMap::new(),
             by_name: HashMap::new(),
+            cluster_ips: HashMap::new(),
             services: vec![Service::default()],
             free_services: VecDeque::new(),
             by_set: HashMap::new(),
@@ -87,6 +92,9 @@ impl Layout {
                 if range.count != 0 && layout.adopt_range(value.service, range, &slot) {
                     ranges.push(range);
                 }
+            }
+            if is_cluster_ip(&value) {
+                *layout.cluster_ips.entry(key.addr).or_default() += 1;
             }
             layout.frontends.insert(key, value);
         }
@@ -135,7 +143,25 @@ impl Layout {
             batch.slots.extend(slots(base, &held.set));
         }
         batch.puts.extend(self.frontends.iter().map(|(key, value)| (*key, *value)));
+        batch.cluster_ips.extend(self.cluster_ips.keys().map(|addr| (*addr, true)));
         batch
+    }
+
+    /// Who may connect to the Service ports that don't take everybody.
+    pub fn source_ranges(&self, table: &Table) -> HashMap<abi::SourceRange, u32> {
+        let mut ranges = HashMap::new();
+        for (_, entry) in table.iter().filter(|(_, entry)| !entry.source_ranges.is_empty()) {
+            let Some(&service) = self.by_name.get(&entry.service) else { continue };
+            ranges.extend(
+                entry.source_ranges.iter().map(|net| (abi::SourceRange::new(service, net.network().into(), net.prefix_len().into()), 1)),
+            );
+        }
+        ranges
+    }
+
+    /// The cluster IPs that the frontends have.
+    pub fn cluster_ips(&self) -> HashMap<abi::Addr, u32> {
+        self.cluster_ips.keys().map(|addr| (*addr, 1)).collect()
     }
 
     /// The steps that bring the maps from what they hold to `table`.
@@ -173,19 +199,39 @@ impl Layout {
         if previous != Some(value) {
             batch.puts.push((key, value));
         }
+        if is_cluster_ip(&value) {
+            self.count(key.addr, true, batch);
+        }
         if let Some(previous) = previous {
-            self.release(&previous);
+            self.release(&key, &previous, batch);
         }
     }
 
     fn remove(&mut self, key: &abi::FrontendKey, batch: &mut Batch) {
         if let Some(previous) = self.frontends.remove(key) {
             batch.deletes.push(*key);
-            self.release(&previous);
+            self.release(key, &previous, batch);
         }
     }
 
-    fn release(&mut self, value: &abi::Frontend) {
+    /// One frontend of the cluster IP more or less.
+    fn count(&mut self, addr: abi::Addr, more: bool, batch: &mut Batch) {
+        let users = self.cluster_ips.entry(addr).or_default();
+        *users = if more { *users + 1 } else { users.saturating_sub(1) };
+        match (more, *users) {
+            (true, 1) => batch.cluster_ips.push((addr, true)),
+            (false, 0) => {
+                self.cluster_ips.remove(&addr);
+                batch.cluster_ips.push((addr, false));
+            }
+            _ => {}
+        }
+    }
+
+    fn release(&mut self, key: &abi::FrontendKey, value: &abi::Frontend, batch: &mut Batch) {
+        if is_cluster_ip(value) {
+            self.count(key.addr, false, batch);
+        }
         for range in [value.internal, value.external] {
             let MapEntry::Occupied(mut held) = self.by_base.entry(range.base) else { continue };
             if range.count == 0 {
@@ -243,6 +289,10 @@ impl Layout {
         self.by_base.insert(base, Held { set, users: 1 });
         abi::Range { base, count }
     }
+}
+
+fn is_cluster_ip(frontend: &abi::Frontend) -> bool {
+    frontend.flags & abi::frontend_flags::CLUSTER_IP != 0
 }
 
 pub fn protocol(protocol: Protocol) -> u8 {
