@@ -54,7 +54,7 @@ impl Lab {
             node_name: "node".into(),
             node_ips: vec!["10.1.0.1".parse().unwrap(), "fd01::1".parse().unwrap()],
             nodeport_addresses: Vec::new(),
-            cluster_cidrs: vec!["10.0.0.0/16".parse().unwrap()],
+            cluster_cidrs: vec!["10.0.0.0/16".parse().unwrap(), "fd00::/16".parse().unwrap()],
             cgroup2_path: cgroup.clone(),
             pin_dir: Path::new("/sys/fs/bpf/outrigger").join(&name),
             instance: name,
