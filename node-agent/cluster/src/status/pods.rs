@@ -110,7 +110,9 @@ impl Statuses {
     }
 
     /// The next patch of the pod, or `None` (and the slot is at rest) when there's nothing to write.
-    fn next(&self, uid: &str) -> Option<(String, String, serde_json::Value)> {
+    ///
+    /// What the server took without keeping it (`last`, sent and answered before) isn't asked again: it would never come to rest.
+    fn next(&self, uid: &str, last: Option<&serde_json::Value>) -> Option<(String, String, serde_json::Value)> {
         let mut slots = self.slots();
         let slot = slots.get_mut(uid)?;
         let change = match difference(&slot.base, &slot.wanted) {
@@ -120,21 +122,30 @@ impl Statuses {
                 None
             }
         };
-        let Some(change) = change else {
+        let body = change.map(|change| json!({ "metadata": { "uid": uid }, "status": change })).filter(|body| {
+            let repeated = last == Some(body);
+            if repeated {
+                warn!(pod = %slot.name, patch = %body, "the API server doesn't keep this part of the pod's status");
+            }
+            !repeated
+        });
+        let Some(body) = body else {
             slot.writing = false;
             slot.progress.send_replace(Progress::Done(WrittenStatus::Written));
             return None;
         };
-        Some((slot.namespace.clone(), slot.name.clone(), json!({ "metadata": { "uid": uid }, "status": change })))
+        Some((slot.namespace.clone(), slot.name.clone(), body))
     }
 
     async fn flush(&self, uid: String) {
         let mut delay = RETRY_FIRST;
-        while let Some((namespace, name, body)) = self.next(&uid) {
+        let mut last = None;
+        while let Some((namespace, name, body)) = self.next(&uid, last.as_ref()) {
             let api: Api<Pod> = Api::namespaced(self.client.clone(), &namespace);
             match api.patch_status(&name, &PatchParams::default(), &Patch::Strategic(&body)).await {
                 Ok(pod) => {
                     delay = RETRY_FIRST;
+                    last = Some(body);
                     debug!(pod = %format_args!("{namespace}/{name}"), "status written");
                     if let Some(slot) = self.slots().get_mut(&uid) {
                         slot.base_version = version(&pod);
