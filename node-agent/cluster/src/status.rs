@@ -151,9 +151,12 @@ impl Writer {
             .preconditions(Preconditions { uid: Some(uid.into()), resource_version: None });
         match api.delete(name, &parameters).await {
             Ok(_) => Ok(()),
-            // Gone, or another pod of that name: either way this one is no more.
-            Err(error) if matches!(code(&error), Some(404 | 409)) => Ok(()),
-            Err(error) => Err(Error::new("delete pod", format!("{namespace}/{name}"), error)),
+            Err(error) if code(&error) == Some(404) => Ok(()),
+            // Another pod of that name, or only a write that came between: then it is tried again.
+            Err(error) => match api.get_opt(name).await {
+                Ok(found) if found.as_ref().is_none_or(|found| found.uid().as_deref() != Some(uid)) => Ok(()),
+                _ => Err(Error::new("delete pod", format!("{namespace}/{name}"), error)),
+            },
         }
     }
 
