@@ -174,6 +174,11 @@ impl Statuses {
 fn difference(base: &PodStatus, wanted: &PodStatus) -> serde_json::Result<Option<serde_json::Value>> {
     let mut wanted = wanted.clone();
     wanted.conditions = Some(merge_conditions(base.conditions.as_deref().unwrap_or_default(), wanted.conditions.as_deref().unwrap_or_default()));
+    // Upstream's encoding always has it, and so do the server's answers.
+    let lists = [&mut wanted.init_container_statuses, &mut wanted.container_statuses, &mut wanted.ephemeral_container_statuses];
+    for status in lists.into_iter().flatten().flatten() {
+        status.last_state.get_or_insert_default();
+    }
     // Not the node's: the scheduler and the claim controllers write these.
     wanted.nominated_node_name.clone_from(&base.nominated_node_name);
     wanted.resource_claim_statuses.clone_from(&base.resource_claim_statuses);
