@@ -37,11 +37,6 @@ pub fn run() -> Result<()> {
     build(&workspace, &out, &rust, &library, &linker)
 }
 
-/// Where the finished object lies; `node-agent/dataplane/build.rs` embeds it from there.
-pub fn object_path() -> Result<PathBuf> {
-    Ok(workspace_root()?.join("target/bpf/outrigger.bpf.o"))
-}
-
 /// What the installed compiler says about itself.
 struct Rust {
     release: String,

@@ -2,7 +2,7 @@
 use std::fs::File;
 use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -123,7 +123,7 @@ fn listen(port: u16) -> Result<TcpListener> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, port)).with_context(|| format!("listen on 127.0.0.1:{port}"))
 }
 
-fn wait_for_file(path: &PathBuf) -> Result<()> {
+fn wait_for_file(path: &Path) -> Result<()> {
     for _ in 0..600 {
         if path.exists() {
             return Ok(());

@@ -68,8 +68,6 @@ pub enum Upstream {
     Kubectl,
     Agnhost,
     E2eTest,
-    KubeApiserver,
-    KubeProxy,
     Ginkgo,
 }
 
@@ -79,8 +77,6 @@ impl Upstream {
             Self::Kubectl => "kubectl",
             Self::Agnhost => "agnhost",
             Self::E2eTest => "e2e.test",
-            Self::KubeApiserver => "kube-apiserver",
-            Self::KubeProxy => "kube-proxy",
             Self::Ginkgo => "ginkgo",
         }
     }
@@ -90,8 +86,6 @@ impl Upstream {
             Self::Kubectl => "k8s.io/kubernetes/cmd/kubectl",
             Self::Agnhost => "k8s.io/kubernetes/test/images/agnhost",
             Self::E2eTest => "k8s.io/kubernetes/test/e2e",
-            Self::KubeApiserver => "k8s.io/kubernetes/cmd/kube-apiserver",
-            Self::KubeProxy => "k8s.io/kubernetes/cmd/kube-proxy",
             Self::Ginkgo => "github.com/onsi/ginkgo/v2/ginkgo",
         }
     }

@@ -1,7 +1,6 @@
 //! `cargo xtask up`: from a fresh machine to a cluster that answers.
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -114,13 +113,9 @@ fn bring_up(cluster: &Cluster, binaries: &Path, images: &[PathBuf], kubectl: &Ku
     // The lab outlives this command, so it runs from a copy that a later build can't replace, in a session of its own.
     let xtask = directory.join("bin/xtask");
     fs::copy(std::env::current_exe()?, &xtask)?;
-    let mut lab = Command::new(xtask);
-    lab.args(["lab", "serve", &cluster.name]).current_dir("/").stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-    lab.env_remove("CARGO_TARGET_DIR");
-    // SAFETY: setsid is async-signal-safe.
-    unsafe {
-        lab.pre_exec(|| nix::unistd::setsid().map(drop).map_err(Into::into));
-    }
+    let mut lab = Command::new("setsid");
+    lab.arg(xtask).args(["lab", "serve", &cluster.name]).current_dir("/");
+    lab.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).env_remove("CARGO_TARGET_DIR");
     let mut lab = lab.spawn().context("start the lab")?;
     step("start the control plane", |bar| {
         let alive = || match lab.try_wait() {
