@@ -34,8 +34,9 @@ pub async fn run(options: Run) -> Result<()> {
     tokio::spawn(tell_mode(proxy.clone(), writer.clone()));
     let lookup = Lookup::new(client.clone());
     let kubelet = Kubelet::start(kubelet(&options), watch.clone(), writer, lookup).await.context("start the kubelet")?;
-    let _api = outrigger_kubelet::server::start(server(&options, client_cas), kubelet, Reviews::new(client), move || network.dns().metrics())
-        .context("serve the kubelet API")?;
+    let _api =
+        outrigger_kubelet::server::start(server(&options, client_cas), kubelet, Reviews::new(client), move || network.dns().metrics())
+            .context("serve the kubelet API")?;
 
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {

@@ -154,9 +154,9 @@ fn by_operator(operator: &str, value: &str, values: &[&str]) -> bool {
 pub fn is_best_effort(pod: &Value) -> bool {
     let all = meta::items(pod, "spec.containers").iter().chain(meta::items(pod, "spec.initContainers"));
     let asks = |container: &Value| {
-        ["requests", "limits"].iter().any(|side| {
-            ["cpu", "memory"].iter().any(|resource| !Quantity::of(&container["resources"][side][resource]).is_zero())
-        })
+        ["requests", "limits"]
+            .iter()
+            .any(|side| ["cpu", "memory"].iter().any(|resource| !Quantity::of(&container["resources"][side][resource]).is_zero()))
     };
     !all.into_iter().any(asks)
 }

@@ -47,7 +47,8 @@ pub async fn run(engine: &Engine) -> Result<(), StartError> {
 }
 
 fn entry(engine: &Engine, resource: &Resource, object: &Value) -> Option<Arc<crate::cache::Entry>> {
-    let key = if resource.namespaced { format!("{}/{}", meta::namespace(object), meta::name(object)) } else { meta::name(object).to_string() };
+    let key =
+        if resource.namespaced { format!("{}/{}", meta::namespace(object), meta::name(object)) } else { meta::name(object).to_string() };
     engine.hub.cache(&resource.storage_prefix).get(&key)
 }
 
@@ -84,7 +85,11 @@ fn objects(engine: &Engine) -> Vec<Wanted> {
     }
     for (name, value, what) in [
         ("system-node-critical", 2_000_001_000_i64, "Used for system critical pods that must not be moved from their current node."),
-        ("system-cluster-critical", 2_000_000_000, "Used for system critical pods that must run in the cluster, but can be moved to another node if necessary."),
+        (
+            "system-cluster-critical",
+            2_000_000_000,
+            "Used for system critical pods that must run in the cluster, but can be moved to another node if necessary.",
+        ),
     ] {
         all.push(wanted(
             engine,
@@ -200,7 +205,12 @@ fn roles(engine: &Engine) -> Vec<Op> {
             Some(entry) => {
                 let mut stored = entry.object();
                 if outrigger_access::bootstrap::reconcile(&mut stored, &wanted) == outrigger_access::bootstrap::Reconciled::Changed {
-                    ops.push(Op::Put { key, value: stored_bytes(&resource, &stored), expect: Expect::ModRevision(entry.revision), ttl: None });
+                    ops.push(Op::Put {
+                        key,
+                        value: stored_bytes(&resource, &stored),
+                        expect: Expect::ModRevision(entry.revision),
+                        ttl: None,
+                    });
                 }
             }
         }

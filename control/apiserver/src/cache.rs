@@ -163,8 +163,12 @@ impl ResourceCache {
             Some(after) if after >= prefix => Bound::Excluded(after),
             _ => Bound::Included(prefix),
         };
-        let entries =
-            content.live.range::<str, _>((start, Bound::Unbounded)).take_while(|(k, _)| k.starts_with(prefix)).map(|(_, e)| e.clone()).collect();
+        let entries = content
+            .live
+            .range::<str, _>((start, Bound::Unbounded))
+            .take_while(|(k, _)| k.starts_with(prefix))
+            .map(|(_, e)| e.clone())
+            .collect();
         Snapshot { entries, last_change: content.last }
     }
 

@@ -33,7 +33,13 @@ pub mod sha2_hex {
     }
 }
 
-pub async fn route(engine: &Arc<Engine>, request: Request, info: &RequestInfo, query: &Query, _user: &UserInfo) -> Result<Response, Status> {
+pub async fn route(
+    engine: &Arc<Engine>,
+    request: Request,
+    info: &RequestInfo,
+    query: &Query,
+    _user: &UserInfo,
+) -> Result<Response, Status> {
     let path = info.path.trim_end_matches('/');
     let segments: Vec<&str> = path.split('/').skip(1).collect();
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
@@ -49,10 +55,16 @@ pub async fn route(engine: &Arc<Engine>, request: Request, info: &RequestInfo, q
         ["apis"] => aggregated_or(&request, || group_list(&catalog), || aggregated(&catalog, false)),
         ["api", "v1"] => Ok(reply::json(200, &resource_list(&catalog, "", "v1"))),
         ["apis", group] if catalog.groups().any(|g| g == *group) => Ok(reply::json(200, &group_value(&catalog, group, true))),
-        ["apis", group, version] if catalog.versions(group).contains(version) => Ok(reply::json(200, &resource_list(&catalog, group, version))),
+        ["apis", group, version] if catalog.versions(group).contains(version) => {
+            Ok(reply::json(200, &resource_list(&catalog, group, version)))
+        }
         ["version"] => Ok(reply::json(200, &version(&engine.config.git_version))),
         ["healthz" | "livez" | "readyz", rest @ ..] => health(engine, segments[0], rest, query),
-        ["metrics"] => Ok(reply::plain(200, "text/plain; version=0.0.4; charset=utf-8", engine.metrics.render(&engine.hub.counts(), engine.started.elapsed()))),
+        ["metrics"] => Ok(reply::plain(
+            200,
+            "text/plain; version=0.0.4; charset=utf-8",
+            engine.metrics.render(&engine.hub.counts(), engine.started.elapsed()),
+        )),
         ["openapi", "v2"] => engine.openapi.v2(engine, &request),
         ["openapi", "v3"] => engine.openapi.index(engine),
         ["openapi", "v3", rest @ ..] => engine.openapi.document(engine, &request, rest, query),
@@ -121,10 +133,26 @@ fn group_list(catalog: &Catalog) -> Value {
 /// Built-in groups in upstream's order of priority, then custom ones by name.
 fn ordered_groups(catalog: &Catalog) -> Vec<&str> {
     const ORDER: &[&str] = &[
-        "apiregistration.k8s.io", "apps", "events.k8s.io", "authentication.k8s.io", "authorization.k8s.io", "autoscaling", "batch",
-        "certificates.k8s.io", "networking.k8s.io", "policy", "rbac.authorization.k8s.io", "storage.k8s.io",
-        "admissionregistration.k8s.io", "apiextensions.k8s.io", "scheduling.k8s.io", "coordination.k8s.io", "node.k8s.io",
-        "discovery.k8s.io", "resource.k8s.io", "flowcontrol.apiserver.k8s.io",
+        "apiregistration.k8s.io",
+        "apps",
+        "events.k8s.io",
+        "authentication.k8s.io",
+        "authorization.k8s.io",
+        "autoscaling",
+        "batch",
+        "certificates.k8s.io",
+        "networking.k8s.io",
+        "policy",
+        "rbac.authorization.k8s.io",
+        "storage.k8s.io",
+        "admissionregistration.k8s.io",
+        "apiextensions.k8s.io",
+        "scheduling.k8s.io",
+        "coordination.k8s.io",
+        "node.k8s.io",
+        "discovery.k8s.io",
+        "resource.k8s.io",
+        "flowcontrol.apiserver.k8s.io",
     ];
     let mut groups: Vec<&str> = catalog.groups().filter(|g| !g.is_empty()).collect();
     groups.sort_by_key(|group| ORDER.iter().position(|known| known == group).unwrap_or(ORDER.len()));
@@ -132,8 +160,11 @@ fn ordered_groups(catalog: &Catalog) -> Vec<&str> {
 }
 
 fn group_value(catalog: &Catalog, group: &str, alone: bool) -> Value {
-    let versions: Vec<Value> =
-        catalog.versions(group).into_iter().map(|version| json!({"groupVersion": format!("{group}/{version}"), "version": version})).collect();
+    let versions: Vec<Value> = catalog
+        .versions(group)
+        .into_iter()
+        .map(|version| json!({"groupVersion": format!("{group}/{version}"), "version": version}))
+        .collect();
     let preferred = versions.first().cloned().unwrap_or_default();
     let mut value = json!({});
     if alone {
@@ -253,7 +284,8 @@ fn aggregated(catalog: &Catalog, core: bool) -> Value {
                     json!({"version": version, "resources": resources, "freshness": "Current"})
                 })
                 .collect();
-            let metadata = if group.is_empty() { json!({"creationTimestamp": null}) } else { json!({"name": group, "creationTimestamp": null}) };
+            let metadata =
+                if group.is_empty() { json!({"creationTimestamp": null}) } else { json!({"name": group, "creationTimestamp": null}) };
             json!({"metadata": metadata, "versions": versions})
         })
         .collect();

@@ -11,7 +11,7 @@ use outrigger_access::authn::RequestCredentials;
 use outrigger_access::node::NodeGraph;
 use outrigger_access::rbac::RbacIndex;
 use outrigger_access::token::TokenIssuer;
-use outrigger_access::{Attributes, Authenticator, Authorizer, AuthnError, FieldRequirement, Union, UserInfo};
+use outrigger_access::{Attributes, Authenticator, AuthnError, Authorizer, FieldRequirement, Union, UserInfo};
 use outrigger_api::{Catalog, Resource, Status};
 use outrigger_store::Store;
 
@@ -199,7 +199,10 @@ impl Engine {
 
     async fn resource(self: &Arc<Self>, request: Request, info: RequestInfo, query: Query, user: UserInfo) -> Result<Response, Status> {
         let resource = self.find(&info).await?;
-        let forms = matches!(info.verb.as_str(), "get" | "list" | "watch") || info.verb == "create" || info.verb == "update" || info.verb == "patch";
+        let forms = matches!(info.verb.as_str(), "get" | "list" | "watch")
+            || info.verb == "create"
+            || info.verb == "update"
+            || info.verb == "patch";
         let streams = matches!(info.subresource.as_str(), "log" | "exec" | "attach" | "portforward" | "proxy");
         let accept = if streams { negotiate::Accept::default() } else { negotiate::accept(request.headers(), forms)? };
         let call = Call::new(user, info, query, accept, resource)?;

@@ -88,7 +88,11 @@ impl Metrics {
             let (group, resource) = prefix.split_once('/').unwrap_or(("", prefix));
             let _ = writeln!(out, "apiserver_resource_objects{{group=\"{group}\",resource=\"{resource}\"}} {count}");
         }
-        let _ = writeln!(out, "# HELP process_uptime_seconds Time since the server started.\n# TYPE process_uptime_seconds gauge\nprocess_uptime_seconds {}", started.as_secs_f64());
+        let _ = writeln!(
+            out,
+            "# HELP process_uptime_seconds Time since the server started.\n# TYPE process_uptime_seconds gauge\nprocess_uptime_seconds {}",
+            started.as_secs_f64()
+        );
         out
     }
 }

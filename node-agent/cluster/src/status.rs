@@ -146,9 +146,8 @@ impl Writer {
     /// Removes the API object for good, if it's still the same pod.
     pub async fn delete_pod(&self, namespace: &str, name: &str, uid: &str) -> Result<()> {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
-        let parameters = DeleteParams::default()
-            .grace_period(0)
-            .preconditions(Preconditions { uid: Some(uid.into()), resource_version: None });
+        let parameters =
+            DeleteParams::default().grace_period(0).preconditions(Preconditions { uid: Some(uid.into()), resource_version: None });
         match api.delete(name, &parameters).await {
             Ok(_) => Ok(()),
             Err(error) if code(&error) == Some(404) => Ok(()),

@@ -19,7 +19,14 @@ enum Layout {
     Unified(PathBuf),
     /// A mount per controller (v1); `others` are hierarchies without limits to set (named ones, and a v2 beside them), in which the
     /// runtime makes cgroups too, so that they have to be cleaned.
-    Split { cpu: Option<PathBuf>, memory: Option<PathBuf>, pids: Option<PathBuf>, hugetlb: Option<PathBuf>, cpuset: Option<PathBuf>, others: Vec<PathBuf> },
+    Split {
+        cpu: Option<PathBuf>,
+        memory: Option<PathBuf>,
+        pids: Option<PathBuf>,
+        hugetlb: Option<PathBuf>,
+        cpuset: Option<PathBuf>,
+        others: Vec<PathBuf>,
+    },
 }
 
 /// The cgroups of this node's pods.

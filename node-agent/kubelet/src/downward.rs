@@ -107,7 +107,8 @@ mod tests {
         let mut pod = Pod::default();
         pod.metadata.name = Some("p".into());
         pod.metadata.labels = Some([("b".into(), "2".into()), ("a".into(), "x\"y\n".into())].into());
-        let facts = Facts { pod_ips: &["10.0.0.1".into(), "fd00::1".into()], host_ips: &["192.0.2.1".into()], allocatable: &Resources::new() };
+        let facts =
+            Facts { pod_ips: &["10.0.0.1".into(), "fd00::1".into()], host_ips: &["192.0.2.1".into()], allocatable: &Resources::new() };
         for (path, value) in [
             ("metadata.name", "p"),
             ("metadata.labels", "a=\"x\\\"y\\n\"\nb=\"2\""),

@@ -106,11 +106,13 @@ fn names_in(dir: &Path) -> Vec<String> {
 async fn collect_images(host: &Host, unused_since: &mut HashMap<String, Instant>) {
     let Some(mount) = image_mount(host).await else { return };
     let used_percent = || disk_space(&mount).map_or(0, |(size, free)| 100 - free.saturating_mul(100) / size.max(1));
-    let (Ok(images), Ok(containers)) = (host.cri.list_images().await, host.cri.list_containers(v1::ContainerFilter::default()).await) else {
+    let (Ok(images), Ok(containers)) = (host.cri.list_images().await, host.cri.list_containers(v1::ContainerFilter::default()).await)
+    else {
         return;
     };
     let in_use = |image: &v1::Image| {
-        image.pinned || containers.iter().any(|container| container.image_ref == image.id || image.repo_digests.contains(&container.image_ref))
+        image.pinned
+            || containers.iter().any(|container| container.image_ref == image.id || image.repo_digests.contains(&container.image_ref))
     };
     let unused: Vec<&v1::Image> = images.iter().filter(|image| !in_use(image)).collect();
     unused_since.retain(|id, _| unused.iter().any(|image| image.id == *id));

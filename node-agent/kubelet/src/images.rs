@@ -48,7 +48,8 @@ impl Reference {
             _ => (rest, None),
         };
         let first = name.split('/').next().unwrap_or_default();
-        let has_registry = name.contains('/') && (first.contains(['.', ':']) || first == "localhost" || first.chars().any(char::is_uppercase));
+        let has_registry =
+            name.contains('/') && (first.contains(['.', ':']) || first == "localhost" || first.chars().any(char::is_uppercase));
         let (registry, path) = match name.split_once('/') {
             Some((registry, path)) if has_registry => (registry.to_owned(), path.to_owned()),
             _ if name.contains('/') => ("docker.io".to_owned(), name.to_owned()),
@@ -71,7 +72,9 @@ impl Reference {
                 && tag.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
         });
         let digest_ok = digest.is_none_or(|digest| {
-            digest.split_once(':').is_some_and(|(kind, hex)| !kind.is_empty() && hex.len() >= 32 && hex.chars().all(|c| c.is_ascii_hexdigit()))
+            digest
+                .split_once(':')
+                .is_some_and(|(kind, hex)| !kind.is_empty() && hex.len() >= 32 && hex.chars().all(|c| c.is_ascii_hexdigit()))
         });
         if !path.split('/').all(component) || !registry_ok || !tag_ok || !digest_ok {
             return Err(invalid);

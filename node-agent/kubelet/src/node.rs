@@ -72,7 +72,8 @@ async fn runtime_state(host: &Host) -> RuntimeState {
         .iter()
         .filter(|condition| !condition.status)
         .map(|condition| {
-            let what = if condition.r#type == "NetworkReady" { "container runtime network not ready" } else { "container runtime not ready" };
+            let what =
+                if condition.r#type == "NetworkReady" { "container runtime network not ready" } else { "container runtime not ready" };
             format!("{what}: {}=false reason:{} message:{}", condition.r#type, condition.reason, condition.message)
         })
         .collect();
@@ -108,7 +109,13 @@ fn findings(host: &Host, problem: Option<String>) -> Vec<Finding> {
         .is_some_and(|(size, free)| free.saturating_mul(100) < size.saturating_mul(u64::from(host.config.disk_pressure_percent)));
     let finding = |type_, status, reason, message: &str, event| Finding { type_, status, reason, message: message.into(), event };
     let memory = if memory_short {
-        finding("MemoryPressure", true, "KubeletHasInsufficientMemory", "kubelet has insufficient memory available", "NodeHasInsufficientMemory")
+        finding(
+            "MemoryPressure",
+            true,
+            "KubeletHasInsufficientMemory",
+            "kubelet has insufficient memory available",
+            "NodeHasInsufficientMemory",
+        )
     } else {
         finding("MemoryPressure", false, "KubeletHasSufficientMemory", "kubelet has sufficient memory available", "NodeHasSufficientMemory")
     };

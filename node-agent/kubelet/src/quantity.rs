@@ -100,9 +100,16 @@ mod tests {
 
     #[test]
     fn quantities_of_every_notation() {
-        for (text, milli_units) in
-            [("100m", 100), ("1", 1000), ("0.5", 500), ("1.5Ki", 1_536_000), ("1e3", 1_000_000), ("2k", 2_000_000), ("1n", 1), ("-1", -1000)]
-        {
+        for (text, milli_units) in [
+            ("100m", 100),
+            ("1", 1000),
+            ("0.5", 500),
+            ("1.5Ki", 1_536_000),
+            ("1e3", 1_000_000),
+            ("2k", 2_000_000),
+            ("1n", 1),
+            ("-1", -1000),
+        ] {
             assert_eq!(milli(&Quantity(text.into())), milli_units, "{text}");
         }
         assert_eq!(value(&Quantity("64Mi".into())), 64 << 20);

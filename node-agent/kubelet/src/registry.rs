@@ -60,7 +60,12 @@ impl Registry {
 type StaticPods = Option<BTreeMap<String, Arc<Pod>>>;
 
 /// Follows the sources of pods for ever. `synced` turns true once each has been read in full.
-pub async fn run(host: Arc<Host>, registry: Arc<Registry>, mut static_pods: Option<watch::Receiver<StaticPods>>, synced: watch::Sender<bool>) {
+pub async fn run(
+    host: Arc<Host>,
+    registry: Arc<Registry>,
+    mut static_pods: Option<watch::Receiver<StaticPods>>,
+    synced: watch::Sender<bool>,
+) {
     let mut api = host.watch.pods.subscribe();
     let mut changes = host.lookup.changes();
     let (ended, mut ends) = mpsc::unbounded_channel::<String>();

@@ -95,8 +95,7 @@ impl PodView {
     pub fn sandbox_changed(&self, host_network: bool) -> (bool, u32, Option<&SandboxView>) {
         let ready = self.sandboxes.iter().filter(|sandbox| sandbox.ready).count();
         let Some(newest) = self.sandboxes.first() else { return (true, 0, None) };
-        let needed =
-            ready > 1 || !newest.ready || newest.host_network != host_network || (!newest.host_network && newest.ips.is_empty());
+        let needed = ready > 1 || !newest.ready || newest.host_network != host_network || (!newest.host_network && newest.ips.is_empty());
         // A sandbox that failed half-way may have no creation time, so the newest isn't always the one with the highest number.
         let highest = self.sandboxes.iter().map(|sandbox| sandbox.attempt).max().unwrap_or(newest.attempt);
         (needed, if needed { highest + 1 } else { newest.attempt }, Some(newest))
@@ -259,14 +258,9 @@ pub fn pod_labels(pod: &Pod) -> HashMap<String, String> {
 }
 
 pub fn container_labels(pod: &Pod, container: &Container) -> HashMap<String, String> {
-    [
-        (POD_NAME, name_of(pod)),
-        (POD_NAMESPACE, namespace_of(pod)),
-        (POD_UID, uid_of(pod)),
-        (CONTAINER_NAME, container.name.as_str()),
-    ]
-    .map(|(key, value)| (key.to_owned(), value.to_owned()))
-    .into()
+    [(POD_NAME, name_of(pod)), (POD_NAMESPACE, namespace_of(pod)), (POD_UID, uid_of(pod)), (CONTAINER_NAME, container.name.as_str())]
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .into()
 }
 
 pub fn container_annotations(pod: &Pod, container: &Container, restart_count: i32) -> HashMap<String, String> {

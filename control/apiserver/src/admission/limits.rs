@@ -32,7 +32,13 @@ impl Plugin for LimitRanger {
                 match item["type"].as_str().unwrap_or_default() {
                     "Container" if pod => {
                         for container in containers(object) {
-                            check(item, "Container", &amounts(&container["resources"]["requests"]), &amounts(&container["resources"]["limits"]), &mut errors);
+                            check(
+                                item,
+                                "Container",
+                                &amounts(&container["resources"]["requests"]),
+                                &amounts(&container["resources"]["limits"]),
+                                &mut errors,
+                            );
                         }
                     }
                     "Pod" if pod => check(item, "Pod", &pod_total(object, "requests"), &pod_total(object, "limits"), &mut errors),
@@ -51,7 +57,6 @@ impl Plugin for LimitRanger {
         }
     }
 }
-
 
 fn containers(pod: &Value) -> impl Iterator<Item = &Value> {
     meta::items(pod, "spec.containers").iter().chain(meta::items(pod, "spec.initContainers"))
@@ -156,7 +161,10 @@ mod tests {
         let mut errors = Vec::new();
         let item = json!({"min": {"cpu": "100m"}, "max": {"cpu": "1"}});
         check(&item, "Container", &amounts(&json!({"cpu": "50m"})), &amounts(&json!({"cpu": "2"})), &mut errors);
-        assert_eq!(errors, ["minimum cpu usage per Container is 100m, but request is 50m", "maximum cpu usage per Container is 1, but limit is 2"]);
+        assert_eq!(
+            errors,
+            ["minimum cpu usage per Container is 100m, but request is 50m", "maximum cpu usage per Container is 1, but limit is 2"]
+        );
     }
 
     #[test]

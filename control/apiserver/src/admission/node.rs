@@ -50,7 +50,9 @@ fn pod(attributes: &Attributes<'_>, node: &str, object: Option<&Value>) -> Resul
         Operation::Create => {
             let Some(pod) = object else { return Ok(()) };
             if meta::annotation(pod, "kubernetes.io/config.mirror").is_none() {
-                return Err(attributes.forbidden(format!("pod does not have \"kubernetes.io/config.mirror\" annotation, node {node:?} can only create mirror pods")));
+                return Err(attributes.forbidden(format!(
+                    "pod does not have \"kubernetes.io/config.mirror\" annotation, node {node:?} can only create mirror pods"
+                )));
             }
             if meta::text(pod, "spec.nodeName") != node {
                 return Err(attributes.forbidden(format!("node {node:?} can only create pods with spec.nodeName set to itself")));
@@ -91,7 +93,10 @@ fn self_only(attributes: &Attributes<'_>, node: &str, object: Option<&Value>) ->
         return Err(attributes.forbidden(format!("node {node:?} is not allowed to modify ownerReferences")));
     }
     let restricted: Vec<&str> = meta::labels(new)
-        .filter(|(key, value)| key.split('/').next().is_some_and(|p| p == "node-restriction.kubernetes.io" || p.ends_with(".node-restriction.kubernetes.io")) && meta::label(old, key) != Some(value))
+        .filter(|(key, value)| {
+            key.split('/').next().is_some_and(|p| p == "node-restriction.kubernetes.io" || p.ends_with(".node-restriction.kubernetes.io"))
+                && meta::label(old, key) != Some(value)
+        })
         .map(|(key, _)| key)
         .collect();
     if !restricted.is_empty() {

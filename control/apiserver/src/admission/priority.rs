@@ -52,10 +52,8 @@ impl Plugin for Priority {
             .into_iter()
             .find(|known| known["globalDefault"] == true && meta::name(known) != meta::name(class));
         match other {
-            Some(other) => Err(attributes.forbidden(format!(
-                "PriorityClass {} is already marked as default. Only one default can exist",
-                meta::name(&other)
-            ))),
+            Some(other) => Err(attributes
+                .forbidden(format!("PriorityClass {} is already marked as default. Only one default can exist", meta::name(&other)))),
             None => Ok(()),
         }
     }

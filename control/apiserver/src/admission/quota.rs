@@ -50,7 +50,8 @@ async fn spend(engine: &Engine, attributes: &Attributes<'_>, quota: &str, delta:
             .map(|(name, _)| name)
             .collect();
         if !exceeded.is_empty() {
-            let show = |amounts: &Usage| exceeded.iter().filter_map(|n| amounts.get(*n).map(|q| format!("{n}={q}"))).collect::<Vec<_>>().join(",");
+            let show =
+                |amounts: &Usage| exceeded.iter().filter_map(|n| amounts.get(*n).map(|q| format!("{n}={q}"))).collect::<Vec<_>>().join(",");
             return Err(attributes.forbidden(format!(
                 "exceeded quota: {quota}, requested: {}, used: {}, limited: {}",
                 show(delta),
@@ -64,7 +65,8 @@ async fn spend(engine: &Engine, attributes: &Attributes<'_>, quota: &str, delta:
             used.insert(name.clone(), sum);
         }
         for (name, amount) in used {
-            meta::map_mut(meta::child_mut(&mut object, "status").entry("used").or_insert(Value::Null)).insert(name, amount.to_string().into());
+            meta::map_mut(meta::child_mut(&mut object, "status").entry("used").or_insert(Value::Null))
+                .insert(name, amount.to_string().into());
         }
         Ok(object)
     })

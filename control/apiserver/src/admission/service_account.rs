@@ -26,7 +26,9 @@ impl Plugin for ServiceAccount {
         meta::set(pod, "spec.serviceAccount", name.as_str());
         let Some(account) = lookup(engine, "", "serviceaccounts", attributes.namespace, &name) else {
             let namespace = attributes.namespace;
-            return Err(attributes.forbidden(format!("error looking up service account {namespace}/{name}: serviceaccount {name:?} not found")));
+            return Err(
+                attributes.forbidden(format!("error looking up service account {namespace}/{name}: serviceaccount {name:?} not found"))
+            );
         };
         if wants_token(pod, &account) {
             mount_token(pod);
@@ -110,7 +112,8 @@ mod tests {
 
     #[test]
     fn the_token_is_mounted_once_per_container() {
-        let mut pod = json!({"spec": {"containers": [{"name": "a"}, {"name": "b", "volumeMounts": [{"name": "own", "mountPath": MOUNT_PATH}]}]}});
+        let mut pod =
+            json!({"spec": {"containers": [{"name": "a"}, {"name": "b", "volumeMounts": [{"name": "own", "mountPath": MOUNT_PATH}]}]}});
         mount_token(&mut pod);
         mount_token(&mut pod);
         assert_eq!(pod["spec"]["volumes"].as_array().unwrap().len(), 1);

@@ -183,7 +183,18 @@ fn parameters(verb: &str) -> Vec<Value> {
         "create" | "update" => &["dryRun", "fieldManager", "fieldValidation"],
         "patch" => &["dryRun", "fieldManager", "fieldValidation", "force"],
         "delete" => &["dryRun", "gracePeriodSeconds", "orphanDependents", "propagationPolicy"],
-        "list" | "deletecollection" => &["labelSelector", "fieldSelector", "limit", "continue", "resourceVersion", "resourceVersionMatch", "timeoutSeconds", "watch", "allowWatchBookmarks", "sendInitialEvents"],
+        "list" | "deletecollection" => &[
+            "labelSelector",
+            "fieldSelector",
+            "limit",
+            "continue",
+            "resourceVersion",
+            "resourceVersionMatch",
+            "timeoutSeconds",
+            "watch",
+            "allowWatchBookmarks",
+            "sendInitialEvents",
+        ],
         _ => &[],
     };
     names
@@ -217,12 +228,17 @@ fn operation(resource: &Resource, verb: &str, body: Option<&str>, answer: &str) 
 }
 
 fn add_paths(paths: &mut Map<String, Value>, resource: &Resource, name: &str) {
-    let base = if resource.group.is_empty() { format!("/api/{}", resource.version) } else { format!("/apis/{}/{}", resource.group, resource.version) };
+    let base = if resource.group.is_empty() {
+        format!("/api/{}", resource.version)
+    } else {
+        format!("/apis/{}/{}", resource.group, resource.version)
+    };
     let scope = if resource.namespaced { "/namespaces/{namespace}" } else { "" };
     let collection = format!("{base}{scope}/{}", resource.plural);
     let single = format!("{collection}/{{name}}");
     let list_name = format!("{name}List");
-    let path_parameter = |name: &str| json!({"in": "path", "name": name, "required": true, "schema": {"type": "string", "uniqueItems": true}});
+    let path_parameter =
+        |name: &str| json!({"in": "path", "name": name, "required": true, "schema": {"type": "string", "uniqueItems": true}});
     let mut scoped: Vec<Value> = Vec::new();
     if resource.namespaced {
         scoped.push(path_parameter("namespace"));

@@ -16,7 +16,13 @@ pub struct KindSchema {
 }
 
 const fn kind<T: Resource + JsonSchema>() -> KindSchema {
-    KindSchema { group: T::GROUP, version: T::VERSION, kind: T::KIND, name: || T::schema_name().into_owned(), add: |g| g.subschema_for::<T>() }
+    KindSchema {
+        group: T::GROUP,
+        version: T::VERSION,
+        kind: T::KIND,
+        name: || T::schema_name().into_owned(),
+        add: |g| g.subschema_for::<T>(),
+    }
 }
 
 macro_rules! kinds {

@@ -136,7 +136,19 @@ pub fn find(key: &str) -> Option<&'static Message> {
 
 /// The message of a kind; options and Status belong to the meta group under any version.
 pub fn of_kind(api_version: &str, kind: &str) -> Option<&'static Message> {
-    if matches!(kind, "Status" | "DeleteOptions" | "CreateOptions" | "UpdateOptions" | "PatchOptions" | "ListOptions" | "APIResourceList" | "APIGroup" | "APIGroupList" | "APIVersions") {
+    if matches!(
+        kind,
+        "Status"
+            | "DeleteOptions"
+            | "CreateOptions"
+            | "UpdateOptions"
+            | "PatchOptions"
+            | "ListOptions"
+            | "APIResourceList"
+            | "APIGroup"
+            | "APIGroupList"
+            | "APIVersions"
+    ) {
         return find(&format!("meta/v1 {kind}"));
     }
     let (group, version) = split_api_version(api_version);

@@ -31,7 +31,8 @@ pub struct Target {
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
 
-const HOP_BY_HOP: &[&str] = &["connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "http2-settings"];
+const HOP_BY_HOP: &[&str] =
+    &["connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "http2-settings"];
 
 async fn dial(target: &Target) -> Result<Box<dyn Stream>, String> {
     let address = format!("{}:{}", if target.host.contains(':') { format!("[{}]", target.host) } else { target.host.clone() }, target.port);
@@ -55,7 +56,8 @@ pub async fn forward(mut request: Request, target: &Target, path_and_query: &str
     let upgrade = request.headers().get(UPGRADE).cloned();
     let client_side = upgrade.as_ref().map(|_| hyper::upgrade::on(&mut request));
     let stream = dial(target).await.map_err(unavailable)?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| unavailable(e.to_string()))?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| unavailable(e.to_string()))?;
     tokio::spawn(async move {
         if let Err(error) = connection.with_upgrades().await {
             tracing::debug!(%error, "proxied connection ended");
@@ -85,7 +87,8 @@ fn outgoing(request: Request, target: &Target, path_and_query: &str, upgrade: Op
         parts.headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
         parts.headers.insert(UPGRADE, upgrade.clone());
     }
-    let host = if target.host.contains(':') { format!("[{}]:{}", target.host, target.port) } else { format!("{}:{}", target.host, target.port) };
+    let host =
+        if target.host.contains(':') { format!("[{}]:{}", target.host, target.port) } else { format!("{}:{}", target.host, target.port) };
     parts.headers.insert(HOST, HeaderValue::from_str(&host).map_err(|e| Status::bad_request(e.to_string()))?);
     let mut request = Request::from_parts(parts, body);
     // Extensions carry the other connection's upgrade; they must not leak into this one.
@@ -129,7 +132,9 @@ pub fn node_host(node: &Value) -> Option<String> {
 /// A node's kubelet.
 pub fn kubelet(engine: &Engine, node: &str) -> Result<Target, Status> {
     let object = lookup(engine, "", "nodes", "", node).ok_or_else(|| Status::not_found("", "nodes", node))?;
-    let host = node_host(&object).ok_or_else(|| Status::internal(format!("no preferred addresses found; known addresses: {}", meta::get(&object, "status.addresses"))))?;
+    let host = node_host(&object).ok_or_else(|| {
+        Status::internal(format!("no preferred addresses found; known addresses: {}", meta::get(&object, "status.addresses")))
+    })?;
     let port = meta::get(&object, "status.daemonEndpoints.kubeletEndpoint.Port").as_u64().unwrap_or(10250);
     Ok(Target { host, port: u16::try_from(port).unwrap_or(10250), tls: Some(engine.kubelets.tls.clone()) })
 }
@@ -137,7 +142,8 @@ pub fn kubelet(engine: &Engine, node: &str) -> Result<Target, Status> {
 /// pods/proxy, services/proxy and nodes/proxy.
 pub async fn subresource(engine: &Engine, call: &Call, request: Request) -> Result<Reply, Status> {
     engine.fresh().await?;
-    let (scheme, name, port) = split_name(&call.info.name).ok_or_else(|| Status::bad_request(format!("invalid {} request {:?}", call.resource.singular, call.info.name)))?;
+    let (scheme, name, port) = split_name(&call.info.name)
+        .ok_or_else(|| Status::bad_request(format!("invalid {} request {:?}", call.resource.singular, call.info.name)))?;
     let plain_or_tls = |host: String, port: u16| {
         let tls = (scheme == "https").then(|| engine.kubelets.anonymous_tls.clone());
         Target { host, port, tls }
@@ -185,7 +191,8 @@ async fn proxied(call: &Call, request: Request, target: &Target) -> Result<Reply
     let to = if rest.is_empty() { format!("/{query}") } else { format!("{rest}{query}") };
     let mut response = forward(request, target, &to).await?;
     // A redirect inside the backend stays below the proxy's path.
-    let moved = response.headers().get(LOCATION).and_then(|l| l.to_str().ok()).filter(|l| l.starts_with('/')).map(|l| format!("{prefix}{l}"));
+    let moved =
+        response.headers().get(LOCATION).and_then(|l| l.to_str().ok()).filter(|l| l.starts_with('/')).map(|l| format!("{prefix}{l}"));
     if let Some(value) = moved.and_then(|l| HeaderValue::from_str(&l).ok()) {
         response.headers_mut().insert(LOCATION, value);
     }

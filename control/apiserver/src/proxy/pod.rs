@@ -168,7 +168,8 @@ mod tests {
     #[test]
     fn the_container_is_found_or_asked_for() {
         let one = json!({"metadata": {"name": "p"}, "spec": {"containers": [{"name": "a"}]}});
-        let two = json!({"metadata": {"name": "p"}, "spec": {"containers": [{"name": "a"}, {"name": "b"}], "initContainers": [{"name": "i"}]}});
+        let two =
+            json!({"metadata": {"name": "p"}, "spec": {"containers": [{"name": "a"}, {"name": "b"}], "initContainers": [{"name": "i"}]}});
         assert_eq!(container(&one, "").unwrap(), "a");
         assert_eq!(container(&two, "i").unwrap(), "i");
         assert_eq!(container(&one, "x").unwrap_err().message, "container x is not valid for pod p");

@@ -46,7 +46,8 @@ async fn attempt(engine: &Engine, call: &Call, mut object: Value) -> Result<Valu
     let name = meta::name(&object).to_string();
     engine.fresh().await?;
     definition::check_create(engine, call)?;
-    let attributes = Attributes { call, operation: Operation::Create, resource, subresource: "", namespace: call.namespace(), name: &name, old: None };
+    let attributes =
+        Attributes { call, operation: Operation::Create, resource, subresource: "", namespace: call.namespace(), name: &name, old: None };
     engine.admission.mutate(engine, &attributes, &mut object).await?;
     outrigger_api::default::apply(resource, &mut object);
     prepare::create(resource, &mut object, now);

@@ -100,12 +100,18 @@ pub fn settle(engine: &Engine, call: &Call, definition: &mut Value) {
 fn conflict(engine: &Engine, definition: &Value, names: &Value) -> Option<(&'static str, String)> {
     let others: Vec<Value> = all(engine, GROUP, PLURAL, "")
         .into_iter()
-        .filter(|other| meta::name(other) != meta::name(definition) && meta::get(other, "spec.group") == meta::get(definition, "spec.group"))
+        .filter(|other| {
+            meta::name(other) != meta::name(definition) && meta::get(other, "spec.group") == meta::get(definition, "spec.group")
+        })
         .map(|other| meta::get(&other, "status.acceptedNames").clone())
         .collect();
     let resource_names: Vec<&str> = others
         .iter()
-        .flat_map(|n| [meta::text(n, "plural"), meta::text(n, "singular")].into_iter().chain(meta::items(n, "shortNames").iter().filter_map(Value::as_str)))
+        .flat_map(|n| {
+            [meta::text(n, "plural"), meta::text(n, "singular")]
+                .into_iter()
+                .chain(meta::items(n, "shortNames").iter().filter_map(Value::as_str))
+        })
         .collect();
     let kinds: Vec<&str> = others.iter().flat_map(|n| [meta::text(n, "kind"), meta::text(n, "listKind")]).collect();
     let taken = |list: &[&str], name: &str| !name.is_empty() && list.contains(&name);
@@ -136,7 +142,13 @@ pub fn begin_deletion(definition: &mut Value) {
     let now = outrigger_api::time::format(Timestamp::now());
     meta::set(definition, "metadata.deletionTimestamp", now);
     meta::set(definition, "metadata.deletionGracePeriodSeconds", 0);
-    set_condition(definition, "Terminating", true, "InstanceDeletionPending", "CustomResourceDefinition marked for deletion; CustomResource deletion will begin soon");
+    set_condition(
+        definition,
+        "Terminating",
+        true,
+        "InstanceDeletionPending",
+        "CustomResourceDefinition marked for deletion; CustomResource deletion will begin soon",
+    );
 }
 
 /// Nothing is created of a kind whose definition is going.

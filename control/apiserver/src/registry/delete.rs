@@ -67,7 +67,11 @@ impl DeleteOptions {
                 return invalid(FieldError::invalid("propagationPolicy", policy.as_str(), why));
             }
             if !matches!(policy.as_str(), "Foreground" | "Background" | "Orphan") {
-                return invalid(FieldError::not_supported("propagationPolicy", policy.as_str(), &["Foreground", "Background", "Orphan", "nil"]));
+                return invalid(FieldError::not_supported(
+                    "propagationPolicy",
+                    policy.as_str(),
+                    &["Foreground", "Background", "Orphan", "nil"],
+                ));
             }
         }
         Ok(())
@@ -96,8 +100,19 @@ pub async fn handle(engine: &Engine, call: &Call, request: Request) -> Result<Re
 /// Kinds whose DELETE answers the last state of the object instead of a Status.
 fn returns_object(resource: &Resource) -> bool {
     const KINDS: &[&str] = &[
-        "Pod", "Service", "ServiceAccount", "ResourceQuota", "PersistentVolume", "PersistentVolumeClaim", "PodTemplate", "StorageClass",
-        "CSIDriver", "CSINode", "VolumeAttachment", "CSIStorageCapacity", "VolumeAttributesClass",
+        "Pod",
+        "Service",
+        "ServiceAccount",
+        "ResourceQuota",
+        "PersistentVolume",
+        "PersistentVolumeClaim",
+        "PodTemplate",
+        "StorageClass",
+        "CSIDriver",
+        "CSINode",
+        "VolumeAttachment",
+        "CSIStorageCapacity",
+        "VolumeAttributesClass",
     ];
     resource.custom.is_none() && KINDS.contains(&resource.kind.as_ref())
 }
@@ -158,7 +173,8 @@ pub async fn delete(engine: &Engine, call: &Call, name: &str, options: &DeleteOp
 /// The write of a deletion; none when someone else wrote first.
 async fn commit(engine: &Engine, call: &Call, name: &str, object: &Value, gone: bool, revision: u64) -> Result<Option<u64>, Status> {
     let key = store_key(&call.key(name));
-    let op = if gone { Op::delete(key, Expect::ModRevision(revision)) } else { Op::update(key, stored_bytes(&call.resource, object), revision) };
+    let op =
+        if gone { Op::delete(key, Expect::ModRevision(revision)) } else { Op::update(key, stored_bytes(&call.resource, object), revision) };
     match write(engine, op).await? {
         WriteOutcome::Done { revision, .. } => {
             if gone {
@@ -179,7 +195,9 @@ fn check_preconditions(call: &Call, name: &str, options: &DeleteOptions, current
     };
     match (&options.uid, &options.resource_version) {
         (Some(uid), _) if uid != meta::uid(current) => conflict("UID", uid, meta::uid(current)),
-        (_, Some(version)) if version != meta::resource_version(current) => conflict("ResourceVersion", version, meta::resource_version(current)),
+        (_, Some(version)) if version != meta::resource_version(current) => {
+            conflict("ResourceVersion", version, meta::resource_version(current))
+        }
         _ => Ok(()),
     }
 }

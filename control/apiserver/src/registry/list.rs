@@ -116,7 +116,10 @@ pub async fn list(engine: &Engine, call: &Call) -> Result<Reply, Status> {
 fn encode_list(resource: &Resource, metadata: &Value, entries: &[Arc<Entry>]) -> Bytes {
     let size: usize = entries.iter().map(|e| e.body.len() + 1).sum();
     let mut out = BytesMut::with_capacity(size + 256);
-    out.put_slice(format!("{{\"kind\":\"{}\",\"apiVersion\":\"{}\",\"metadata\":{metadata},\"items\":[", resource.list_kind, resource.api_version()).as_bytes());
+    out.put_slice(
+        format!("{{\"kind\":\"{}\",\"apiVersion\":\"{}\",\"metadata\":{metadata},\"items\":[", resource.list_kind, resource.api_version())
+            .as_bytes(),
+    );
     let identity = convert::is_identity(resource);
     for (i, entry) in entries.iter().enumerate() {
         if i > 0 {
@@ -133,7 +136,8 @@ fn encode_list(resource: &Resource, metadata: &Value, entries: &[Arc<Entry>]) ->
 }
 
 fn check_options(call: &Call) -> Result<(), Status> {
-    let (revision, matching, token) = (call.query.text("resourceVersion"), call.query.text("resourceVersionMatch"), call.query.text("continue"));
+    let (revision, matching, token) =
+        (call.query.text("resourceVersion"), call.query.text("resourceVersionMatch"), call.query.text("continue"));
     let invalid = |error: FieldError| Err(Status::invalid("meta.k8s.io", "ListOptions", "", &[error]));
     let forbidden = |detail: &str| invalid(FieldError::forbidden("resourceVersionMatch", detail));
     if !matching.is_empty() {
@@ -173,7 +177,11 @@ pub async fn page(engine: &Engine, call: &Call) -> Result<Page, Status> {
     let (wanted, after) = if !token.is_empty() {
         let token = Continue::decode(token)?;
         (token.revision, Some(token.after))
-    } else if exact || (limit != usize::MAX && !matches!(call.query.text("resourceVersion"), "" | "0") && call.query.text("resourceVersionMatch").is_empty()) {
+    } else if exact
+        || (limit != usize::MAX
+            && !matches!(call.query.text("resourceVersion"), "" | "0")
+            && call.query.text("resourceVersionMatch").is_empty())
+    {
         (Some(parse_revision(call.query.text("resourceVersion"))?), None)
     } else {
         match call.query.text("resourceVersion") {
@@ -215,7 +223,10 @@ async fn candidates(
         None => range.clone(),
     };
     match engine.store.range(RangeRequest::continued(range, start).at(wanted)).await {
-        Ok(result) => Ok((result.kvs.iter().filter_map(|kv| engine.hub.historic(kv.key.strip_prefix(ROOT)?, kv.mod_revision, &kv.value)).collect(), wanted)),
+        Ok(result) => Ok((
+            result.kvs.iter().filter_map(|kv| engine.hub.historic(kv.key.strip_prefix(ROOT)?, kv.mod_revision, &kv.value)).collect(),
+            wanted,
+        )),
         Err(StoreError::Compacted { .. }) => Err(match after {
             Some(after) => Status::expired_continue(&Continue::encode(-1, after)),
             None => Status::expired(format!("The resourceVersion for the provided list is too old: {wanted}")),

@@ -117,14 +117,17 @@ pub fn decode_object(_engine: &Engine, call: &Call, resource: &Resource, headers
 pub fn decode_value(call: &Call, headers: &HeaderMap, bytes: &Bytes) -> Result<Value, Status> {
     let media = MediaType::parse(header_text(headers, &CONTENT_TYPE)).name.to_string();
     let object = if matches!(media.as_str(), "" | "application/json") && call.field_validation != FieldValidation::Ignore {
-        let (object, duplicates) = types::parse_json(bytes).map_err(|error| Status::bad_request(format!("couldn't get version/kind; json parse error: {error}")))?;
+        let (object, duplicates) = types::parse_json(bytes)
+            .map_err(|error| Status::bad_request(format!("couldn't get version/kind; json parse error: {error}")))?;
         report(call, duplicates)?;
         object
     } else {
         negotiate::decode_body(headers, bytes)?
     };
     if !object.is_object() {
-        return Err(Status::bad_request("couldn't get version/kind; json parse error: json: cannot unmarshal a value that is not an object"));
+        return Err(Status::bad_request(
+            "couldn't get version/kind; json parse error: json: cannot unmarshal a value that is not an object",
+        ));
     }
     Ok(object)
 }

@@ -36,9 +36,12 @@ pub struct Patch {
 impl Patch {
     pub fn decode(headers: &HeaderMap, bytes: &[u8], custom: bool) -> Result<Self, Status> {
         let media = MediaType::parse(header_text(headers, &CONTENT_TYPE)).name.to_string();
-        let accepted: Vec<&str> = TYPES.iter().filter(|(_, kind)| !(custom && *kind == PatchType::Strategic)).map(|(name, _)| *name).collect();
+        let accepted: Vec<&str> =
+            TYPES.iter().filter(|(_, kind)| !(custom && *kind == PatchType::Strategic)).map(|(name, _)| *name).collect();
         let kind = TYPES.iter().find(|(name, _)| *name == media).map(|(_, kind)| *kind);
-        let kind = kind.filter(|kind| !(custom && *kind == PatchType::Strategic)).ok_or_else(|| Status::unsupported_media_type(&media, &accepted))?;
+        let kind = kind
+            .filter(|kind| !(custom && *kind == PatchType::Strategic))
+            .ok_or_else(|| Status::unsupported_media_type(&media, &accepted))?;
         let body = if kind == PatchType::Apply { decode_yaml(bytes)? } else { decode_json(bytes)? };
         if kind != PatchType::Json && !body.is_object() {
             return Err(Status::bad_request("error decoding patch: the patch is not an object"));

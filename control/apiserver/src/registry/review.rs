@@ -44,7 +44,8 @@ fn user_value(user: &UserInfo) -> Value {
 }
 
 fn subject(call: &Call, object: &Value) -> Result<UserInfo, Status> {
-    let strings = |value: &Value| -> Vec<String> { value.as_array().into_iter().flatten().filter_map(|v| v.as_str().map(String::from)).collect() };
+    let strings =
+        |value: &Value| -> Vec<String> { value.as_array().into_iter().flatten().filter_map(|v| v.as_str().map(String::from)).collect() };
     let mut user = UserInfo::new(meta::text(object, "spec.user"), strings(meta::get(object, "spec.groups")));
     if user.name.is_empty() && user.groups.is_empty() {
         let error = FieldError::invalid("spec.user", "", "at least one of user or group must be specified");

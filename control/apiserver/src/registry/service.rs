@@ -104,7 +104,8 @@ impl ServiceAllocator {
 
     fn take_ip(&self, ip: IpAddr, owner: &str) -> Result<(), String> {
         let Some(range) = self.ranges.iter().find(|range| range.contains(&ip)) else {
-            let ranges: Vec<String> = self.ranges.iter().filter(|r| range_family(r) == family(&ip)).map(|r| r.trunc().to_string()).collect();
+            let ranges: Vec<String> =
+                self.ranges.iter().filter(|r| range_family(r) == family(&ip)).map(|r| r.trunc().to_string()).collect();
             return Err(format!("the provided IP ({ip}) is not in the valid range. The range of valid IPs is {}", ranges.join(", ")));
         };
         if ip == range.network() || (ip == range.broadcast() && ip.is_ipv4()) {
@@ -120,7 +121,8 @@ impl ServiceAllocator {
 
     /// A free address of the family; from the upper band first, so that the lower one stays for those who ask by address.
     fn take_any_ip(&self, wanted: &str, owner: &str) -> Result<IpAddr, String> {
-        let range = self.ranges.iter().find(|r| range_family(r) == wanted).ok_or_else(|| format!("range of family {wanted} is not configured"))?;
+        let range =
+            self.ranges.iter().find(|r| range_family(r) == wanted).ok_or_else(|| format!("range of family {wanted} is not configured"))?;
         let bits = u32::from(range.max_prefix_len() - range.prefix_len()).min(32);
         let size = 1u64 << bits;
         let reserved = (size / 16).clamp(16, 256).min(size / 2);
@@ -143,7 +145,11 @@ impl ServiceAllocator {
 
     fn take_port(&self, port: u16, owner: &str) -> Result<(), String> {
         if !self.ports.contains(&port) {
-            return Err(format!("provided port is not in the valid range. The range of valid ports is {}-{}", self.ports.start(), self.ports.end()));
+            return Err(format!(
+                "provided port is not in the valid range. The range of valid ports is {}-{}",
+                self.ports.start(),
+                self.ports.end()
+            ));
         }
         let mut taken = self.lock();
         if taken.ports.contains_key(&port) {
@@ -351,9 +357,9 @@ impl ServiceAllocator {
                     ip
                 }
                 None => {
-                    let ip = self.take_any_ip(family, &owner).map_err(|why| {
-                        Status::internal(format!("failed to allocate a serviceIP: {why}"))
-                    })?;
+                    let ip = self
+                        .take_any_ip(family, &owner)
+                        .map_err(|why| Status::internal(format!("failed to allocate a serviceIP: {why}")))?;
                     allocation.ips.push(ip);
                     ip
                 }
@@ -370,7 +376,8 @@ impl ServiceAllocator {
     /// `ipFamilies` and `ipFamilyPolicy`, from what the request says, its addresses, and the cluster's ranges.
     fn settle_families(&self, call: &Call, service: &mut Value) -> Result<Vec<String>, Status> {
         let configured: Vec<&str> = self.ranges.iter().map(range_family).collect();
-        let mut families: Vec<String> = meta::items(service, "spec.ipFamilies").iter().filter_map(|v| v.as_str().map(String::from)).collect();
+        let mut families: Vec<String> =
+            meta::items(service, "spec.ipFamilies").iter().filter_map(|v| v.as_str().map(String::from)).collect();
         let headless = meta::text(service, "spec.clusterIP") == "None";
         let selectorless = meta::is_empty(meta::get(service, "spec.selector"));
         for (i, ip) in ips_of(service).iter().enumerate() {

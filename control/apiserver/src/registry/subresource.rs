@@ -162,7 +162,8 @@ pub async fn bind(engine: &Engine, call: &Call, pod: &str, binding: &Value) -> R
         let mut object = current.clone();
         meta::set(&mut object, "spec.nodeName", node);
         for (key, value) in meta::annotations(binding) {
-            meta::map_mut(meta::child_mut(&mut object, "metadata").entry("annotations").or_insert(Value::Null)).insert(key.into(), value.into());
+            meta::map_mut(meta::child_mut(&mut object, "metadata").entry("annotations").or_insert(Value::Null))
+                .insert(key.into(), value.into());
         }
         set_condition(&mut object, json!({"type": "PodScheduled", "status": "True"}));
         Ok(object)
@@ -207,8 +208,15 @@ async fn evict(engine: &Engine, call: &Call, request: Request) -> Result<Reply, 
     }
     let entry = current(engine, call, name).await?.ok_or_else(|| call.not_found(name))?;
     let pod = entry.object();
-    let attributes =
-        Attributes { call, operation: Operation::Create, resource: &call.resource, subresource: "eviction", namespace: call.namespace(), name, old: None };
+    let attributes = Attributes {
+        call,
+        operation: Operation::Create,
+        resource: &call.resource,
+        subresource: "eviction",
+        namespace: call.namespace(),
+        name,
+        old: None,
+    };
     engine.admission.validate(engine, &attributes, Some(&body)).await?;
     let finished = matches!(meta::text(&pod, "status.phase"), "Succeeded" | "Failed" | "Pending") || meta::is_deleting(&pod);
     if !finished {
@@ -228,7 +236,8 @@ async fn mark_disrupted(engine: &Engine, call: &Call, name: &str) -> Result<(), 
     inner.info.subresource = "status".into();
     update::change_unchecked(engine, &inner, name, |current| {
         let mut object = current.clone();
-        let why = json!({"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "Eviction API: evicting"});
+        let why =
+            json!({"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "Eviction API: evicting"});
         set_condition(&mut object, why);
         Ok(object)
     })
@@ -248,7 +257,11 @@ async fn spend_budget(engine: &Engine, call: &Call, pod: &Value, dry_run: bool) 
     let budget = match matching.as_slice() {
         [] => return Ok(()),
         [one] => one,
-        _ => return Err(Status::internal("This pod has more than one PodDisruptionBudget, which the eviction subresource does not support.")),
+        _ => {
+            return Err(Status::internal(
+                "This pod has more than one PodDisruptionBudget, which the eviction subresource does not support.",
+            ));
+        }
     };
     let ready = meta::items(pod, "status.conditions").iter().any(|c| c["type"] == "Ready" && c["status"] == "True");
     let object = budget.object();
@@ -265,7 +278,13 @@ async fn spend_budget(engine: &Engine, call: &Call, pod: &Value, dry_run: bool) 
     let pod_name = meta::name(pod).to_string();
     let now = outrigger_api::time::format(Timestamp::now());
     update::change(engine, &inner, budget.name(), Operation::Update, |current| {
-        let refused = |message: &str| Status::too_many_requests("Cannot evict pod as it would violate the pod's disruption budget.", 10).with_cause("DisruptionBudget", message, "");
+        let refused = |message: &str| {
+            Status::too_many_requests("Cannot evict pod as it would violate the pod's disruption budget.", 10).with_cause(
+                "DisruptionBudget",
+                message,
+                "",
+            )
+        };
         if number(current, "observedGeneration") < meta::generation(current) {
             return Err(refused(&format!("The disruption budget {} is still being processed by the server.", budget.name())));
         }
@@ -295,7 +314,11 @@ async fn token(engine: &Engine, call: &Call, request: Request) -> Result<Reply, 
         return Err(invalid(FieldError::invalid("spec.expirationSeconds", expiration, "may not specify a duration less than 10 minutes")));
     }
     if expiration > 1 << 32 {
-        return Err(invalid(FieldError::invalid("spec.expirationSeconds", expiration, "may not specify a duration larger than 2^32 seconds")));
+        return Err(invalid(FieldError::invalid(
+            "spec.expirationSeconds",
+            expiration,
+            "may not specify a duration larger than 2^32 seconds",
+        )));
     }
     let bound = match meta::get(&body, "spec.boundObjectRef") {
         Value::Object(_) => Some(bound_object(engine, call, meta::get(&body, "spec.boundObjectRef"))?),
@@ -314,7 +337,9 @@ async fn token(engine: &Engine, call: &Call, request: Request) -> Result<Reply, 
         let entry = cached(engine, &call.derived(engine.builtin("", "v1", "pods"), "get", call.namespace(), pod), pod);
         let uses = entry.map(|e| meta::text(&e.object(), "spec.serviceAccountName").to_string()).unwrap_or_default();
         if uses != name {
-            return Err(Status::bad_request(format!("cannot bind token for serviceaccount {name:?} to pod running with different serviceaccount name.")));
+            return Err(Status::bad_request(format!(
+                "cannot bind token for serviceaccount {name:?} to pod running with different serviceaccount name."
+            )));
         }
     }
     let issued = engine.tokens.issue(&wish).map_err(Status::internal)?;
@@ -338,7 +363,9 @@ fn bound_object(engine: &Engine, call: &Call, reference: &Value) -> Result<outri
         let target = call.derived(resource, "get", namespace, name);
         let object = cached(engine, &target, name).ok_or_else(|| target.not_found(name))?.object();
         if !uid.is_empty() && uid != meta::uid(&object) {
-            let why = format!("the UID in the bound object reference ({uid}) does not match the UID in record. The object might have been deleted and then recreated");
+            let why = format!(
+                "the UID in the bound object reference ({uid}) does not match the UID in record. The object might have been deleted and then recreated"
+            );
             return Err(Status::conflict("", plural, name, &why));
         }
         Ok(object)
@@ -357,6 +384,8 @@ fn bound_object(engine: &Engine, call: &Call, reference: &Value) -> Result<outri
         }
         "Node" => Ok(Bound::Node(reference(&find("nodes", "")?))),
         "Secret" => Ok(Bound::Secret(reference(&find("secrets", call.namespace())?))),
-        _ => Err(Status::bad_request(format!("cannot bind token for serviceaccount to object of kind {kind:?}; supported are Pod, Node, Secret"))),
+        _ => Err(Status::bad_request(format!(
+            "cannot bind token for serviceaccount to object of kind {kind:?}; supported are Pod, Node, Secret"
+        ))),
     }
 }

@@ -112,7 +112,15 @@ fn check_preconditions(call: &Call, name: &str, new: &Value, old: &Value) -> Res
     }
 }
 
-async fn step(engine: &Engine, call: &Call, name: &str, operation: Operation, mut new: Value, old: Value, revision: u64) -> Result<Step, Status> {
+async fn step(
+    engine: &Engine,
+    call: &Call,
+    name: &str,
+    operation: Operation,
+    mut new: Value,
+    old: Value,
+    revision: u64,
+) -> Result<Step, Status> {
     let resource = &call.resource;
     let subresource = call.info.subresource.as_str();
     // A scale or a binding is a change of the object's own spec.

@@ -19,9 +19,9 @@ use crate::cache::{Change, ChangeKind, Entry, ResourceCache, encode, split_key};
 use crate::call::Call;
 use crate::engine::Engine;
 use crate::negotiate::{Encoding, Form};
+use crate::registry::in_version;
 use crate::registry::list::Selectors;
 use crate::registry::read::{include_object, parse_revision, partial};
-use crate::registry::in_version;
 use crate::reply::{self, Reply};
 
 /// Changes taken from the ring at once, and the most bytes put together into one chunk.
@@ -90,8 +90,10 @@ pub async fn watch(engine: &Arc<Engine>, call: &Call) -> Result<Reply, Status> {
         watcher.end = Instant::now();
     }
     tokio::spawn(watcher.run());
-    let frames = tokio_stream::wrappers::ReceiverStream::new(receiver).map(|chunk| Ok::<_, std::convert::Infallible>(hyper::body::Frame::data(chunk)));
-    let kind = if call.accept.encoding == Encoding::Protobuf { "application/vnd.kubernetes.protobuf;stream=watch" } else { "application/json" };
+    let frames = tokio_stream::wrappers::ReceiverStream::new(receiver)
+        .map(|chunk| Ok::<_, std::convert::Infallible>(hyper::body::Frame::data(chunk)));
+    let kind =
+        if call.accept.encoding == Encoding::Protobuf { "application/vnd.kubernetes.protobuf;stream=watch" } else { "application/json" };
     Ok(Reply::Whole(reply::stream(kind, boxed(StreamBody::new(frames)))))
 }
 
@@ -101,12 +103,18 @@ fn check_options(call: &Call) -> Result<bool, Status> {
     let matching = call.query.text("resourceVersionMatch");
     let Some(_) = call.query.get("sendInitialEvents") else {
         if !matching.is_empty() {
-            return invalid(FieldError::forbidden("resourceVersionMatch", "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided"));
+            return invalid(FieldError::forbidden(
+                "resourceVersionMatch",
+                "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided",
+            ));
         }
         return Ok(false);
     };
     if matching != "NotOlderThan" {
-        return invalid(FieldError::forbidden("resourceVersionMatch", "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan"));
+        return invalid(FieldError::forbidden(
+            "resourceVersionMatch",
+            "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan",
+        ));
     }
     let wants = call.query.flag("sendInitialEvents");
     if wants && !call.query.flag("allowWatchBookmarks") {
@@ -144,7 +152,8 @@ impl Watcher {
             if now >= self.end {
                 return;
             }
-            let wake = [Some(self.end), self.bookmarks.then_some(bookmark_at), last_bookmark].into_iter().flatten().min().unwrap_or(self.end);
+            let wake =
+                [Some(self.end), self.bookmarks.then_some(bookmark_at), last_bookmark].into_iter().flatten().min().unwrap_or(self.end);
             tokio::select! {
                 outcome = changed.changed() => if outcome.is_err() { return },
                 () = self.sender.closed() => return,

@@ -39,7 +39,10 @@ pub fn difference(old: &Value, new: &Value, lists: &[MergedList]) -> Option<Valu
             if let (Some(list), Value::Array(after)) = (lists.iter().find(|list| list.field == field), value) {
                 // Keeps the order of the list as a whole, not only of the entries sent.
                 let order: Vec<&Value> = after.iter().filter_map(|entry| entry.get(list.key)).collect();
-                patch.insert(format!("$setElementOrder/{field}"), json!(order.iter().map(|key| json!({ list.key: key })).collect::<Vec<_>>()));
+                patch.insert(
+                    format!("$setElementOrder/{field}"),
+                    json!(order.iter().map(|key| json!({ list.key: key })).collect::<Vec<_>>()),
+                );
             }
             patch.insert(field.clone(), change);
         }

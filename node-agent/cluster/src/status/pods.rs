@@ -173,7 +173,8 @@ impl Statuses {
 /// The patch from what the server has to what the node wants; conditions of others stay out of it.
 fn difference(base: &PodStatus, wanted: &PodStatus) -> serde_json::Result<Option<serde_json::Value>> {
     let mut wanted = wanted.clone();
-    wanted.conditions = Some(merge_conditions(base.conditions.as_deref().unwrap_or_default(), wanted.conditions.as_deref().unwrap_or_default()));
+    wanted.conditions =
+        Some(merge_conditions(base.conditions.as_deref().unwrap_or_default(), wanted.conditions.as_deref().unwrap_or_default()));
     // Upstream's encoding always has it, and so do the server's answers.
     let lists = [&mut wanted.init_container_statuses, &mut wanted.container_statuses, &mut wanted.ephemeral_container_statuses];
     for status in lists.into_iter().flatten().flatten() {

@@ -16,10 +16,16 @@ const CRI_NAMESPACE: &str = "k8s.io";
 /// One change of a container or sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RuntimeEvent {
-    Started { id: String },
-    Exited { id: String },
+    Started {
+        id: String,
+    },
+    Exited {
+        id: String,
+    },
     /// Memory ran out in the container's cgroup.
-    OutOfMemory { id: String },
+    OutOfMemory {
+        id: String,
+    },
     /// Events may have been lost: look at everything.
     Gap,
 }
@@ -91,9 +97,8 @@ async fn follow_cri(cri: &Cri, sink: &mpsc::UnboundedSender<RuntimeEvent>, annou
 
 async fn follow_containerd(cri: &Cri, sink: &mpsc::UnboundedSender<RuntimeEvent>, announced: &mut Option<Source>) -> Ended {
     let mut client = containerd::events_client::EventsClient::new(cri.channel());
-    let filters = ["/tasks/start", "/tasks/exit", "/tasks/oom"]
-        .map(|topic| format!("namespace=={CRI_NAMESPACE},topic==\"{topic}\""))
-        .to_vec();
+    let filters =
+        ["/tasks/start", "/tasks/exit", "/tasks/oom"].map(|topic| format!("namespace=={CRI_NAMESPACE},topic==\"{topic}\"")).to_vec();
     let mut stream = match client.subscribe(containerd::SubscribeRequest { filters }).await {
         Ok(stream) => stream.into_inner(),
         Err(status) if status.code() == tonic::Code::Unimplemented => return Ended::Unsupported,

@@ -118,12 +118,14 @@ impl Cri {
         Ok(call("ListPodSandbox", CALL_TIMEOUT, self.runtime().list_pod_sandbox(request)).await?.items)
     }
 
-    pub async fn create_container(&self, sandbox: &str, config: v1::ContainerConfig, sandbox_config: v1::PodSandboxConfig) -> Result<String> {
-        let request = v1::CreateContainerRequest {
-            pod_sandbox_id: sandbox.into(),
-            config: Some(config),
-            sandbox_config: Some(sandbox_config),
-        };
+    pub async fn create_container(
+        &self,
+        sandbox: &str,
+        config: v1::ContainerConfig,
+        sandbox_config: v1::PodSandboxConfig,
+    ) -> Result<String> {
+        let request =
+            v1::CreateContainerRequest { pod_sandbox_id: sandbox.into(), config: Some(config), sandbox_config: Some(sandbox_config) };
         Ok(call("CreateContainer", CALL_TIMEOUT, self.runtime().create_container(request)).await?.container_id)
     }
 

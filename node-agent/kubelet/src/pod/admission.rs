@@ -43,7 +43,8 @@ pub fn admit(pod: &Pod, others: &[std::sync::Arc<Pod>], allocatable: &Resources,
 }
 
 fn short(name: &str, reason: &str, wanted: i64, used: i64, capacity: i64) -> Verdict {
-    let message = format!("Pod was rejected: Node didn't have enough resource: {name}, requested: {wanted}, used: {used}, capacity: {capacity}");
+    let message =
+        format!("Pod was rejected: Node didn't have enough resource: {name}, requested: {wanted}, used: {used}, capacity: {capacity}");
     Verdict { reason: reason.into(), message }
 }
 
@@ -144,7 +145,8 @@ mod tests {
             requests: Some([("cpu".to_owned(), Quantity(cpu.into()))].into()),
             ..ResourceRequirements::default()
         });
-        container.ports = host_port.map(|port| vec![ContainerPort { host_port: Some(port), container_port: 1, ..ContainerPort::default() }]);
+        container.ports =
+            host_port.map(|port| vec![ContainerPort { host_port: Some(port), container_port: 1, ..ContainerPort::default() }]);
         pod
     }
 

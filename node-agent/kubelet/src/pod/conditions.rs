@@ -45,7 +45,8 @@ pub fn generate(inputs: &Inputs<'_>, status: &PodStatus) -> Vec<PodCondition> {
 
 fn condition(inputs: &Inputs<'_>, type_: &str, finding: Finding) -> PodCondition {
     let status = if finding.status { "True" } else { "False" };
-    let old = inputs.old.conditions.iter().flatten().chain(inputs.pod.status.iter().filter_map(|status| status.conditions.as_ref()).flatten());
+    let old =
+        inputs.old.conditions.iter().flatten().chain(inputs.pod.status.iter().filter_map(|status| status.conditions.as_ref()).flatten());
     let unchanged = old.into_iter().find(|old| old.type_ == type_ && old.status == status);
     let now = Timestamp::from_second(inputs.now.as_second()).unwrap_or(inputs.now);
     PodCondition {
@@ -141,7 +142,8 @@ fn initialized(pod: &Pod, statuses: &[&ContainerStatus], phase: &str) -> Finding
         return Finding { status: true, reason: "PodCompleted", message: String::new() };
     }
     let started = |status: &ContainerStatus| {
-        let ended = |state: &Option<k8s_openapi::api::core::v1::ContainerState>| state.as_ref().is_some_and(|state| state.terminated.is_some());
+        let ended =
+            |state: &Option<k8s_openapi::api::core::v1::ContainerState>| state.as_ref().is_some_and(|state| state.terminated.is_some());
         status.state.as_ref().is_some_and(|state| state.running.is_some()) || ended(&status.state) || ended(&status.last_state)
     };
     if containers(pod).iter().any(|container| find(statuses, &container.name).is_some_and(started)) {

@@ -8,8 +8,8 @@ use super::env;
 use super::meta::{full_name, host_network, name_of, namespace_of, spec, uid_of};
 use super::resources as amounts;
 use super::sandbox;
-use crate::host::Host;
 use crate::cri::v1;
+use crate::host::Host;
 use crate::runtime;
 use crate::volume::subpath;
 
@@ -156,9 +156,10 @@ fn linux(
         namespaces.target_id = target;
     }
     // Adding capabilities or being privileged needs the right to gain them.
-    let adds_admin = context.capabilities.as_ref().is_some_and(|capabilities| {
-        capabilities.add.iter().flatten().any(|name| name == "SYS_ADMIN" || name == "CAP_SYS_ADMIN")
-    });
+    let adds_admin = context
+        .capabilities
+        .as_ref()
+        .is_some_and(|capabilities| capabilities.add.iter().flatten().any(|name| name == "SYS_ADMIN" || name == "CAP_SYS_ADMIN"));
     let no_new_privileges = context.allow_privilege_escalation == Some(false) && context.privileged != Some(true) && !adds_admin;
     Ok(v1::LinuxContainerConfig {
         resources: Some(container_resources(host, pod, container)),
@@ -233,9 +234,9 @@ fn volume_mount(
     variables: &std::collections::BTreeMap<String, String>,
     place: &subpath::Place,
 ) -> Result<v1::Mount, String> {
-    let volume = volumes.get(&wanted.name).ok_or_else(|| {
-        format!("cannot find volume \"{}\" to mount into container \"{}\"", wanted.name, container.name)
-    })?;
+    let volume = volumes
+        .get(&wanted.name)
+        .ok_or_else(|| format!("cannot find volume \"{}\" to mount into container \"{}\"", wanted.name, container.name))?;
     let sub_path = match (wanted.sub_path.as_deref(), wanted.sub_path_expr.as_deref()) {
         (Some(path), _) if !path.is_empty() => path.to_owned(),
         (_, Some(expression)) if !expression.is_empty() => expand_strictly(expression, variables)?,

@@ -70,7 +70,8 @@ pub fn resolver(pod: &Pod, node: &DnsConfig, cluster_dns: &[IpAddr], cluster_dom
         _ if cluster_dns.is_empty() => node.clone(),
         _ => {
             let namespace = namespace_of(pod);
-            let mut searches = vec![format!("{namespace}.svc.{cluster_domain}"), format!("svc.{cluster_domain}"), cluster_domain.to_owned()];
+            let mut searches =
+                vec![format!("{namespace}.svc.{cluster_domain}"), format!("svc.{cluster_domain}"), cluster_domain.to_owned()];
             searches.extend(node.searches.iter().cloned());
             DnsConfig { servers: cluster_dns.iter().map(ToString::to_string).collect(), searches, options: vec!["ndots:5".into()] }
         }
@@ -171,7 +172,10 @@ mod tests {
             }),
             ..PodSpec::default()
         });
-        assert_eq!((own.servers, own.searches, own.options), (vec!["1.1.1.1".into()], vec!["resolv.conf.local".into()], vec!["ndots:2".into()]));
+        assert_eq!(
+            (own.servers, own.searches, own.options),
+            (vec!["1.1.1.1".into()], vec!["resolv.conf.local".into()], vec!["ndots:2".into()])
+        );
     }
 
     #[test]

@@ -42,11 +42,17 @@ pub enum Event {
     /// The spec or something that the pod depends on changed, a probe turned, time has come.
     Changed,
     /// The API server wants the pod gone within so many seconds.
-    DeletionRequested { grace: i64 },
+    DeletionRequested {
+        grace: i64,
+    },
     /// The pod is in its last phase: all its containers ended, or it was refused or evicted.
-    Ended { grace: i64 },
+    Ended {
+        grace: i64,
+    },
     /// The object vanished.
-    Gone { grace: i64 },
+    Gone {
+        grace: i64,
+    },
     Synced,
     /// Containers are stopped; false: something failed.
     Stopped(bool),
@@ -59,7 +65,9 @@ pub enum Effect {
     /// Give up the operation under way.
     Abort,
     Sync,
-    Stop { grace: i64 },
+    Stop {
+        grace: i64,
+    },
     CleanUp,
     /// Remove the API object.
     DeleteObject,
@@ -201,11 +209,8 @@ mod tests {
 
     #[test]
     fn the_grace_period_is_only_shortened() {
-        let effects = run(&[
-            Event::DeletionRequested { grace: 30 },
-            Event::DeletionRequested { grace: 60 },
-            Event::DeletionRequested { grace: 1 },
-        ]);
+        let effects =
+            run(&[Event::DeletionRequested { grace: 30 }, Event::DeletionRequested { grace: 60 }, Event::DeletionRequested { grace: 1 }]);
         assert_eq!(effects, [vec![Effect::Stop { grace: 30 }], vec![], vec![Effect::Abort, Effect::Stop { grace: 1 }]]);
     }
 
@@ -224,7 +229,14 @@ mod tests {
 
     #[test]
     fn failures_are_retried_in_place() {
-        let effects = run(&[Event::Gone { grace: 0 }, Event::Stopped(false), Event::Changed, Event::Stopped(true), Event::CleanedUp(false), Event::Changed]);
+        let effects = run(&[
+            Event::Gone { grace: 0 },
+            Event::Stopped(false),
+            Event::Changed,
+            Event::Stopped(true),
+            Event::CleanedUp(false),
+            Event::Changed,
+        ]);
         assert_eq!(
             effects,
             [

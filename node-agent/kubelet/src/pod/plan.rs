@@ -1,7 +1,9 @@
 //! What has to be done to bring the runtime's pod to the spec: pure, from both sides' state to a list of actions.
 use k8s_openapi::api::core::v1::{Container, Pod};
 
-use super::meta::{containers, ephemeral_containers, host_network, init_containers, is_sidecar, restart_policy, restarts_after, should_restart};
+use super::meta::{
+    containers, ephemeral_containers, host_network, init_containers, is_sidecar, restart_policy, restarts_after, should_restart,
+};
 use crate::probe::Verdict;
 use crate::runtime::{ContainerView, PodView, RunState, hash};
 
@@ -78,7 +80,8 @@ fn plan_new_sandbox(pod: &Pod, view: &PodView, plan: &mut Plan) {
         plan.create_sandbox = false;
         return;
     }
-    let succeeded = |container: &Container| view.find(&container.name).is_some_and(|view| view.state == RunState::Exited && view.exit_code == 0);
+    let succeeded =
+        |container: &Container| view.find(&container.name).is_some_and(|view| view.state == RunState::Exited && view.exit_code == 0);
     let start: Vec<usize> = containers(pod)
         .iter()
         .enumerate()

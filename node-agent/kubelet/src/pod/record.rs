@@ -43,12 +43,7 @@ pub struct Record {
 impl Record {
     pub fn new(pod: Arc<Pod>, source: Source) -> Self {
         let status = pod.status.clone().unwrap_or_default();
-        Self {
-            uid: uid_of(&pod).to_owned(),
-            source,
-            inner: RwLock::new(Inner { pod, status, ..Inner::default() }),
-            wake: Notify::new(),
-        }
+        Self { uid: uid_of(&pod).to_owned(), source, inner: RwLock::new(Inner { pod, status, ..Inner::default() }), wake: Notify::new() }
     }
 
     fn read(&self) -> std::sync::RwLockReadGuard<'_, Inner> {

@@ -66,7 +66,8 @@ pub fn qos(pod: &Pod) -> Qos {
     if pod_requests.is_some() || pod_limits.is_some() {
         return classify(&[(pod_requests, pod_limits)]);
     }
-    let all: Vec<_> = containers(pod).iter().chain(init_containers(pod)).map(|container| (requests(container), limits(container))).collect();
+    let all: Vec<_> =
+        containers(pod).iter().chain(init_containers(pod)).map(|container| (requests(container), limits(container))).collect();
     classify(&all)
 }
 

@@ -8,7 +8,13 @@ use crate::config::Config;
 use crate::cri::v1;
 use crate::runtime::pod_labels;
 
-pub fn sandbox_config(config: &Config, pod: &Pod, attempt: u32, cgroup_parent: &str, node_dns: &v1::DnsConfig) -> Result<v1::PodSandboxConfig, String> {
+pub fn sandbox_config(
+    config: &Config,
+    pod: &Pod,
+    attempt: u32,
+    cgroup_parent: &str,
+    node_dns: &v1::DnsConfig,
+) -> Result<v1::PodSandboxConfig, String> {
     let (namespace, name, uid) = (namespace_of(pod), name_of(pod), uid_of(pod));
     // A pod in the host's network keeps the host's name.
     let hostname = if host_network(pod) { String::new() } else { dns::kernel_hostname(pod, &config.cluster_domain)? };
@@ -89,9 +95,8 @@ pub fn is_privileged(container: &Container) -> bool {
 /// Which namespaces the pod's processes live in.
 pub fn namespaces(pod: &Pod) -> v1::NamespaceOption {
     let spec = spec(pod);
-    let node_or = |host: Option<bool>, otherwise: v1::NamespaceMode| {
-        (if host == Some(true) { v1::NamespaceMode::Node } else { otherwise }) as i32
-    };
+    let node_or =
+        |host: Option<bool>, otherwise: v1::NamespaceMode| (if host == Some(true) { v1::NamespaceMode::Node } else { otherwise }) as i32;
     let own_pid = if spec.share_process_namespace == Some(true) { v1::NamespaceMode::Pod } else { v1::NamespaceMode::Container };
     v1::NamespaceOption {
         network: node_or(spec.host_network, v1::NamespaceMode::Pod),
@@ -123,7 +128,8 @@ pub fn seccomp(config: &Config, pod: &Pod, container: &Container) -> Result<v1::
     use v1::security_profile::ProfileType;
     let spec = spec(pod);
     let own = container.security_context.as_ref().and_then(|context| context.seccomp_profile.as_ref());
-    let profile: Option<&SeccompProfile> = own.or_else(|| spec.security_context.as_ref().and_then(|context| context.seccomp_profile.as_ref()));
+    let profile: Option<&SeccompProfile> =
+        own.or_else(|| spec.security_context.as_ref().and_then(|context| context.seccomp_profile.as_ref()));
     let of = |profile_type: ProfileType, localhost_ref: String| v1::SecurityProfile { profile_type: profile_type as i32, localhost_ref };
     match profile.map(|profile| profile.type_.as_str()) {
         Some("RuntimeDefault") => Ok(of(ProfileType::RuntimeDefault, String::new())),
@@ -150,10 +156,7 @@ mod tests {
         };
         assert_eq!(of(PodSpec::default()), (0, 1, 0));
         assert_eq!(of(PodSpec { share_process_namespace: Some(true), ..PodSpec::default() }), (0, 0, 0));
-        assert_eq!(
-            of(PodSpec { host_network: Some(true), host_pid: Some(true), host_ipc: Some(true), ..PodSpec::default() }),
-            (2, 2, 2)
-        );
+        assert_eq!(of(PodSpec { host_network: Some(true), host_pid: Some(true), host_ipc: Some(true), ..PodSpec::default() }), (2, 2, 2));
     }
 
     #[test]

@@ -157,10 +157,9 @@ pub async fn kill(
     turn: Option<&dyn Turn>,
     pod_ip: &str,
 ) -> crate::cri::Result<()> {
-    let container = find_container(pod, name).map(|(_, container)| container).unwrap_or_else(|| Container {
-        name: name.to_owned(),
-        ..Container::default()
-    });
+    let container = find_container(pod, name)
+        .map(|(_, container)| container)
+        .unwrap_or_else(|| Container { name: name.to_owned(), ..Container::default() });
     let text = if message.is_empty() { format!("Stopping container {name}") } else { message.to_owned() };
     container_event(host, pod, name, Kind::Normal, "Killing", text);
     let mut left = grace.unwrap_or_else(|| grace_for(pod, &container, reason));

@@ -4,8 +4,8 @@ use std::net::IpAddr;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
-    Container, ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus, ContainerUser, HostIP,
-    LinuxContainerUser, Pod, PodIP, PodStatus, VolumeMountStatus,
+    Container, ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus, ContainerUser,
+    HostIP, LinuxContainerUser, Pod, PodIP, PodStatus, VolumeMountStatus,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
@@ -76,9 +76,11 @@ pub fn generate(inputs: &Inputs<'_>) -> PodStatus {
         ..PodStatus::default()
     };
     status.container_statuses = container_statuses(inputs, containers(pod), &inputs.old.container_statuses, waiting_for, false);
-    status.init_container_statuses = container_statuses(inputs, init_containers(pod), &inputs.old.init_container_statuses, waiting_for, true);
+    status.init_container_statuses =
+        container_statuses(inputs, init_containers(pod), &inputs.old.init_container_statuses, waiting_for, true);
     let ephemeral = ephemeral_containers(pod);
-    status.ephemeral_container_statuses = container_statuses(inputs, &ephemeral, &inputs.old.ephemeral_container_statuses, waiting_for, false);
+    status.ephemeral_container_statuses =
+        container_statuses(inputs, &ephemeral, &inputs.old.ephemeral_container_statuses, waiting_for, false);
     apply_probes(inputs, &mut status);
     let all: Vec<&ContainerStatus> =
         status.container_statuses.iter().flatten().chain(status.init_container_statuses.iter().flatten()).collect();
@@ -386,7 +388,11 @@ fn tally(pod: &Pod, statuses: &[&ContainerStatus]) -> Tally {
     };
     for container in init_containers(pod) {
         let Some(status) = find(&container.name) else {
-            if is_sidecar(container) { tally.unknown += 1 } else { tally.pending_init += 1 }
+            if is_sidecar(container) {
+                tally.unknown += 1
+            } else {
+                tally.pending_init += 1
+            }
             continue;
         };
         let state = status.state.clone().unwrap_or_default();
@@ -445,7 +451,8 @@ pub fn conclude(pod: &Pod, status: &mut PodStatus) {
         let was_started = |status: &ContainerStatus| {
             let state = status.state.as_ref();
             let last = status.last_state.as_ref();
-            state.is_some_and(|state| state.running.is_some() || state.terminated.is_some()) || last.is_some_and(|last| last.terminated.is_some())
+            state.is_some_and(|state| state.running.is_some() || state.terminated.is_some())
+                || last.is_some_and(|last| last.terminated.is_some())
         };
         let started = list.iter().rposition(was_started).map_or(0, |last| last + 1);
         for status in list[..started].iter_mut().filter(|status| !ended(status)) {
@@ -475,10 +482,8 @@ mod tests {
     }
 
     fn status_of(pod: &Pod, old: &PodStatus, view: &PodView, waiting: &[(&str, &str)], terminal: bool) -> PodStatus {
-        let waiting = waiting
-            .iter()
-            .map(|(name, reason)| ((*name).to_owned(), Waiting { reason: (*reason).into(), message: "m".into() }))
-            .collect();
+        let waiting =
+            waiting.iter().map(|(name, reason)| ((*name).to_owned(), Waiting { reason: (*reason).into(), message: "m".into() })).collect();
         generate(&Inputs {
             pod,
             old,
@@ -539,13 +544,8 @@ mod tests {
 
     #[test]
     fn a_crashing_container_waits_and_shows_its_last_end() {
-        let status = status_of(
-            &pod("Always", &[], &["a"]),
-            &PodStatus::default(),
-            &view(&[("a", "exited 3")]),
-            &[("a", "CrashLoopBackOff")],
-            false,
-        );
+        let status =
+            status_of(&pod("Always", &[], &["a"]), &PodStatus::default(), &view(&[("a", "exited 3")]), &[("a", "CrashLoopBackOff")], false);
         assert_eq!(status.phase.as_deref(), Some("Running"));
         assert_eq!(condition(&status, "Ready"), ("False", "ContainersNotReady"));
         let container = &status.container_statuses.unwrap()[0];

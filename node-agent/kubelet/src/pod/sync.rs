@@ -13,8 +13,8 @@ use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 use super::meta::{
-    containers, ephemeral_containers, full_name, grace_period, host_network, init_containers, is_mirror, is_sidecar, is_terminal_phase, name_of,
-    namespace_of, reference, spec,
+    containers, ephemeral_containers, full_name, grace_period, host_network, init_containers, is_mirror, is_sidecar, is_terminal_phase,
+    name_of, namespace_of, reference, spec,
 };
 use super::plan::{KillReason, Plan, plan};
 use super::record::{Record, Source};

@@ -22,12 +22,18 @@ pub enum Outcome {
     Failure(String),
 }
 
-pub async fn attempt(cri: &Cri, pod: &Pod, container: &Container, container_id: &str, pod_ip: &str, probe: &Probe) -> Result<Outcome, String> {
+pub async fn attempt(
+    cri: &Cri,
+    pod: &Pod,
+    container: &Container,
+    container_id: &str,
+    pod_ip: &str,
+    probe: &Probe,
+) -> Result<Outcome, String> {
     let limit = Duration::from_secs(u64::try_from(probe.timeout_seconds.unwrap_or(1)).unwrap_or(1).max(1));
     if let Some(exec) = &probe.exec {
         let command = exec.command.clone().unwrap_or_default();
-        let command: Vec<String> =
-            command.iter().map(|text| crate::pod::env::expand(text, &|name| literal(container, name))).collect();
+        let command: Vec<String> = command.iter().map(|text| crate::pod::env::expand(text, &|name| literal(container, name))).collect();
         return run(cri, container_id, command, limit).await;
     }
     if let Some(action) = &probe.http_get {
@@ -77,7 +83,9 @@ async fn dial(host: &str, port: u16, limit: Duration) -> Outcome {
 
 async fn grpc(host: &str, port: u16, service: String, limit: Duration) -> Outcome {
     let address = if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
-    let timed_out = || Outcome::Failure(format!("timeout: failed to connect service \"{address}\" within {}s: context deadline exceeded", limit.as_secs()));
+    let timed_out = || {
+        Outcome::Failure(format!("timeout: failed to connect service \"{address}\" within {}s: context deadline exceeded", limit.as_secs()))
+    };
     let ask = async {
         let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}")).map_err(|error| error.to_string())?;
         let endpoint = endpoint.user_agent(USER_AGENT).map_err(|error| error.to_string())?;

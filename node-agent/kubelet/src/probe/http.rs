@@ -176,7 +176,13 @@ fn build(target: &Target, user_agent: &str) -> Result<Request<Empty<Bytes>>, Str
 
 async fn read(response: http::Response<hyper::body::Incoming>) -> Result<(Answer, Option<String>), String> {
     let status = response.status();
-    let redirects = [StatusCode::MOVED_PERMANENTLY, StatusCode::FOUND, StatusCode::SEE_OTHER, StatusCode::TEMPORARY_REDIRECT, StatusCode::PERMANENT_REDIRECT];
+    let redirects = [
+        StatusCode::MOVED_PERMANENTLY,
+        StatusCode::FOUND,
+        StatusCode::SEE_OTHER,
+        StatusCode::TEMPORARY_REDIRECT,
+        StatusCode::PERMANENT_REDIRECT,
+    ];
     let location = response.headers().get(header::LOCATION).filter(|_| redirects.contains(&status));
     let location = location.and_then(|value| value.to_str().ok()).map(str::to_owned);
     // A body that is too long is no failure, as upstream reads its first part only.

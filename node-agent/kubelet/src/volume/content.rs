@@ -78,7 +78,14 @@ impl Content<'_> {
         self.secret(pod, name, source.items.as_ref(), source.default_mode.unwrap_or(DEFAULT_MODE), source.optional).await
     }
 
-    async fn secret(&self, pod: &Pod, name: &str, items: Option<&Vec<KeyToPath>>, mode: i32, optional: Option<bool>) -> Result<Payload, String> {
+    async fn secret(
+        &self,
+        pod: &Pod,
+        name: &str,
+        items: Option<&Vec<KeyToPath>>,
+        mode: i32,
+        optional: Option<bool>,
+    ) -> Result<Payload, String> {
         let optional = optional == Some(true);
         let found = self.lookup.secret(namespace_of(pod), name).await.map_err(|error| error.to_string())?;
         let Some(found) = found else {
@@ -178,7 +185,10 @@ mod tests {
         assert_eq!(select(data(), None, 0o644, false, "config").unwrap().len(), 2);
         let chosen = select(data(), Some(&vec![item("b", "x/y")]), 0o644, false, "config").unwrap();
         assert_eq!(chosen["x/y"], File { bytes: b"2".to_vec(), mode: 0o400, user: None });
-        assert_eq!(select(data(), Some(&vec![item("c", "z")]), 0o644, false, "config").unwrap_err(), "references non-existent config key: c");
+        assert_eq!(
+            select(data(), Some(&vec![item("c", "z")]), 0o644, false, "config").unwrap_err(),
+            "references non-existent config key: c"
+        );
         assert!(select(data(), Some(&vec![item("c", "z")]), 0o644, true, "config").unwrap().is_empty());
     }
 }

@@ -16,7 +16,13 @@ pub fn make_volume_dir(dir: &Path) -> std::io::Result<()> {
     std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o777))
 }
 
-pub async fn empty_dir(config: &Config, pod: &Pod, name: &str, source: &EmptyDirVolumeSource, allocatable: &Resources) -> Result<PathBuf, String> {
+pub async fn empty_dir(
+    config: &Config,
+    pod: &Pod,
+    name: &str,
+    source: &EmptyDirVolumeSource,
+    allocatable: &Resources,
+) -> Result<PathBuf, String> {
     let dir = volume_dir(config, pod, "empty-dir", name);
     let medium = source.medium.clone().unwrap_or_default();
     let limit = source.size_limit.as_ref().map(quantity::value).filter(|limit| *limit > 0);
@@ -52,9 +58,10 @@ fn make_empty_dir(dir: &Path, medium: &str, size: i64, group: Option<u32>) -> st
             mount(Some("tmpfs"), dir, Some("tmpfs"), MsFlags::empty(), Some(options.as_str()))?;
         }
         other => {
-            let page = other.strip_prefix("HugePages").map(|page| page.trim_start_matches('-')).ok_or_else(|| {
-                std::io::Error::new(std::io::ErrorKind::InvalidInput, format!("unknown storage medium {other:?}"))
-            })?;
+            let page = other
+                .strip_prefix("HugePages")
+                .map(|page| page.trim_start_matches('-'))
+                .ok_or_else(|| std::io::Error::new(std::io::ErrorKind::InvalidInput, format!("unknown storage medium {other:?}")))?;
             let bytes = if page.is_empty() { 2 << 20 } else { quantity::nano(page).unwrap_or(0) / 1_000_000_000 };
             let options = format!("pagesize={bytes}");
             mount(Some("nodev"), dir, Some("hugetlbfs"), MsFlags::empty(), Some(options.as_str()))?;

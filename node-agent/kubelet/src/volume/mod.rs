@@ -204,7 +204,10 @@ mod tests {
                 image_pull_secrets: Some(vec![LocalObjectReference { name: "pull".into() }]),
                 volumes: Some(vec![
                     Volume { config_map: Some(ConfigMapVolumeSource { name: "cm".into(), ..Default::default() }), ..Volume::default() },
-                    Volume { secret: Some(SecretVolumeSource { secret_name: Some("s".into()), ..Default::default() }), ..Volume::default() },
+                    Volume {
+                        secret: Some(SecretVolumeSource { secret_name: Some("s".into()), ..Default::default() }),
+                        ..Volume::default()
+                    },
                 ]),
                 containers: vec![Container {
                     env_from: Some(vec![EnvFromSource {

@@ -50,9 +50,7 @@ pub fn prepare(volume: &Path, volume_name: &str, sub_path: &str, place: &Place) 
 }
 
 fn beneath() -> OpenHow {
-    OpenHow::new()
-        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
-        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS)
+    OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS)
 }
 
 fn open_or_make(root: &OwnedFd, path: &str) -> io::Result<OwnedFd> {
