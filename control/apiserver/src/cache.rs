@@ -156,6 +156,10 @@ impl ResourceCache {
         self.read().live.len()
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.read().live.is_empty()
+    }
+
     /// All whose key starts with `prefix` and sorts after `after`.
     pub fn range(&self, prefix: &str, after: Option<&str>) -> Snapshot {
         let content = self.read();

@@ -2,6 +2,7 @@
 //!
 //! A request passes [`engine`] (identity, permission), is understood by [`request`] and [`negotiate`], is carried out by [`registry`]
 //! behind [`admission`], and answered by [`reply`]. Reads come from [`cache`], which [`feed`] keeps in step with the store.
+#![allow(clippy::result_large_err, reason = "only a start that fails returns the large error, and it ends the process")]
 
 pub mod admission;
 pub mod body;

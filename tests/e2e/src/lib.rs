@@ -1,6 +1,6 @@
 //! What the end-to-end tests share: the running lab, a stock kubectl, namespaces that clean up after themselves.
-use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::io::Write;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use outrigger_lab::{Running, netns};
+use outrigger_lab::Running;
 use serde_json::Value;
 
 pub const NGINX: &str = "docker.io/library/nginx:1.22";
@@ -54,14 +54,14 @@ impl Lab {
         Ok(())
     }
 
-    /// An HTTP GET from a host of the lab; gives the body.
+    /// An HTTP GET by a process of a host of the lab; gives the body.
     pub fn http_get(&self, host: &str, to: SocketAddr, path: &str) -> Result<String> {
-        let namespace = self.running.host(host)?.net_namespace();
-        let mut stream = netns::within(&namespace, || Ok(TcpStream::connect_timeout(&to, Duration::from_secs(3))?))?;
-        stream.set_read_timeout(Some(Duration::from_secs(3)))?;
-        write!(stream, "GET {path} HTTP/1.0\r\nHost: {to}\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
+        let talk = format!(
+            "exec 3<>/dev/tcp/{}/{} && printf 'GET {path} HTTP/1.0\\r\\nHost: test\\r\\n\\r\\n' >&3 && timeout 3 cat <&3",
+            to.ip(),
+            to.port()
+        );
+        let answer = output(self.running.host(host)?.command("timeout").args(["5", "bash", "-c", &talk]).stdin(Stdio::null()))?;
         let (_, body) = answer.split_once("\r\n\r\n").context("no end of the headers")?;
         Ok(body.trim().to_owned())
     }

@@ -22,7 +22,7 @@ fn a_deployment_lives_and_ends() -> Result<()> {
     }
     ensure!(wide.contains("1/1") && wide.contains("Running") && wide.contains("10.244."), "{wide}");
     let described = space.run(&["describe", "pods", "--selector", "app=web"])?;
-    for part in ["Successfully assigned", "Created container", "Started container", "Ready                       True"] {
+    for part in ["Successfully assigned", "Container created", "Container started", "Ready                       True"] {
         ensure!(described.contains(part), "describe lacks {part:?}: {described}");
     }
 
@@ -99,7 +99,9 @@ fn a_port_is_forwarded() -> Result<()> {
     space.run(&["rollout", "status", "deployment/web", "--timeout=90s"])?;
     let mut forward = space.kubectl(&["port-forward", "deployment/web", ":80"]).stdout(Stdio::piped()).spawn()?;
     let mut line = String::new();
-    BufReader::new(forward.stdout.take().context("kubectl port-forward has no output")?).read_line(&mut line)?;
+    // Kept open: kubectl writes a line for every connection, and dies of a closed pipe.
+    let mut told = BufReader::new(forward.stdout.take().context("kubectl port-forward has no output")?);
+    told.read_line(&mut line)?;
     // "Forwarding from 127.0.0.1:PORT -> 80"
     let port: u16 = line.split(':').nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok()).context(line)?;
     let mut answers = Vec::new();

@@ -182,10 +182,13 @@ impl Running {
 }
 
 impl RunningHost {
-    /// A command that runs inside the host, in all of its namespaces.
+    /// A command that runs inside the host: in its cgroup, where eBPF programs see it, and in all of its namespaces.
     pub fn command(&self, program: &str) -> Command {
-        let mut command = Command::new("nsenter");
-        command.args(["--target", &self.pid.to_string(), "--mount", "--uts", "--ipc", "--net", "--pid", "--", program]);
+        let join = "for root in /sys/fs/cgroup /sys/fs/cgroup/*; do \
+            if [ -e \"$root/$0/init/cgroup.procs\" ]; then echo $$ > \"$root/$0/init/cgroup.procs\"; fi; done; exec nsenter \"$@\"";
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", join, &self.cgroup, "--target", &self.pid.to_string()]);
+        command.args(["--mount", "--uts", "--ipc", "--net", "--pid", "--", program]);
         command
     }
 

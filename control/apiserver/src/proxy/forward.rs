@@ -225,7 +225,10 @@ fn service_endpoint(engine: &Engine, call: &Call, name: &str, port: &str) -> Res
     let ports = meta::items(&service, "spec.ports");
     let wanted = match port {
         "" => ports.first().filter(|_| ports.len() == 1),
-        text => ports.iter().find(|p| p["name"] == text).or_else(|| ports.iter().find(|p| p["port"].to_string() == text)),
+        text => ports
+            .iter()
+            .find(|p| p["name"] == text)
+            .or_else(|| ports.iter().find(|p| p["port"].as_u64().is_some_and(|port| text.parse() == Ok(port)))),
     };
     let unavailable = |why: String| Status::service_unavailable(why);
     let wanted = wanted.ok_or_else(|| unavailable(format!("no service port {port:?} found for service {name:?}")))?;
