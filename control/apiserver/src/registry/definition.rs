@@ -205,7 +205,7 @@ async fn finish(engine: &Arc<Engine>, definition: &Value) -> Result<bool, Status
         }
     }
     engine.fresh().await?;
-    if cache.len() > 0 {
+    if !cache.is_empty() {
         return Ok(false);
     }
     release(engine, definition).await
