@@ -34,8 +34,13 @@ pub fn run(options: &Options) -> Result<()> {
     }
     if !options.no_e2e {
         for (index, mode) in options.modes.iter().enumerate() {
-            // What does not depend on the mode runs in the first one.
-            let tests: &[&str] = if index == 0 { &["workloads", "services", "crash"] } else { &["services", "crash"] };
+            // What does not depend on the mode runs in the first one. In userspace mode the agent itself carries the
+            // connections, so they can't outlive it: there the crash test has nothing to show.
+            let tests: &[&str] = match (index, mode.as_str()) {
+                (_, "userspace") => &["services"],
+                (0, _) => &["workloads", "services", "crash"],
+                _ => &["services", "crash"],
+            };
             end_to_end(mode, tests)?;
         }
     }
