@@ -38,10 +38,10 @@ struct Load {
 fn main() -> Result<()> {
     match Cli::parse().role {
         Role::Serve { listen } => serve(listen),
-        Role::ConnectRequestResponse(load) => measure(&load, || exchange(&mut connect(load.to)?)),
+        Role::ConnectRequestResponse(load) => measure(&load, || last_exchange(&mut connect(load.to)?)),
         Role::RequestResponse(load) => {
             let mut stream = connect(load.to)?;
-            measure(&load, move || exchange(&mut stream))
+            measure(&load, move || exchange(&mut stream, b'x'))
         }
     }
 }
@@ -55,6 +55,9 @@ fn serve(listen: SocketAddr) -> Result<()> {
             let mut byte = [0];
             while stream.read(&mut byte)? == 1 {
                 stream.write_all(&byte)?;
+                if byte[0] == LAST {
+                    break;
+                }
             }
             Ok(())
         });
@@ -68,8 +71,18 @@ fn connect(to: SocketAddr) -> Result<TcpStream> {
     Ok(stream)
 }
 
-fn exchange(stream: &mut TcpStream) -> Result<()> {
-    let mut byte = [b'x'];
+/// The request after which the server closes. It closes first so that TIME_WAIT stays with it: kept by the client, the waiting
+/// ports of one measurement would be missing in the next one that goes to the same address, which is every one by eBPF.
+const LAST: u8 = b'l';
+
+fn last_exchange(stream: &mut TcpStream) -> Result<()> {
+    exchange(stream, LAST)?;
+    ensure!(stream.read(&mut [0])? == 0, "more than one answer");
+    Ok(())
+}
+
+fn exchange(stream: &mut TcpStream, request: u8) -> Result<()> {
+    let mut byte = [request];
     stream.write_all(&byte)?;
     stream
         .read_exact(&mut byte)
