@@ -16,10 +16,12 @@ use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::rbac::v1::ClusterRole;
 use k8s_openapi::api::storage::v1::StorageClass;
 use kube::api::{ListParams, WatchEvent, WatchParams};
-use kube::{Api, Client};
+use kube::{Api, Client, Resource};
+use outrigger_client::{Decoded, Unreadable};
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
+use crate::objects::Key;
 use crate::store::{Object, Store};
 
 /// Every kind that some controller, or the scheduler, follows.
@@ -185,8 +187,8 @@ async fn list<K: Object>(client: &Client, store: &Store<K>, filter: Filter) -> R
     let mut objects = Vec::new();
     loop {
         let request = requests.list(&params).map_err(kube::Error::BuildRequest)?;
-        let page = client.request::<kube::api::ObjectList<K>>(request).await?;
-        objects.extend(page.items);
+        let page = client.request::<kube::api::ObjectList<Decoded<K>>>(request).await?;
+        objects.extend(page.items.into_iter().filter_map(readable));
         match page.metadata.continue_.filter(|token| !token.is_empty()) {
             Some(token) => params.continue_token = Some(token),
             None => {
@@ -209,7 +211,7 @@ async fn watch<K: Object>(client: &Client, store: &Store<K>, filter: Filter, mut
     let mut failures = 0u32;
     loop {
         let Ok(request) = requests.watch(&params, &version) else { return };
-        let stream = match client.request_events::<K>(request).await {
+        let stream = match client.request_events::<Decoded<K>>(request).await {
             Ok(stream) => stream,
             Err(kube::Error::Api(status)) if status.code == 410 => return,
             Err(error) => {
@@ -227,11 +229,12 @@ async fn watch<K: Object>(client: &Client, store: &Store<K>, filter: Filter, mut
             match stream.try_next().await {
                 Ok(Some(WatchEvent::Added(object) | WatchEvent::Modified(object))) => {
                     version = object.meta().resource_version.clone().unwrap_or(version);
-                    store.watched(object);
+                    readable(object).into_iter().for_each(|object| store.watched(object));
                 }
                 Ok(Some(WatchEvent::Deleted(object))) => {
                     version = object.meta().resource_version.clone().unwrap_or(version);
-                    store.watched_gone(object);
+                    let held = |gone: &Unreadable| store.get(&Key::of_meta(&gone.metadata)).map(|held| (*held).clone());
+                    object.whole().map_or_else(|gone| held(&gone), Some).into_iter().for_each(|object| store.watched_gone(object));
                 }
                 Ok(Some(WatchEvent::Bookmark(bookmark))) => {
                     store.passed(bookmark.metadata.resource_version.parse().unwrap_or(0));
@@ -250,6 +253,11 @@ async fn watch<K: Object>(client: &Client, store: &Store<K>, filter: Filter, mut
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// An object that isn't what its kind demands keeps its last readable state, and hides nothing else.
+fn readable<K: Object>(object: Decoded<K>) -> Option<K> {
+    object.whole().inspect_err(|error| warn!(kind = %K::kind(&()), %error, "can't read an object; it is left out")).ok()
 }
 
 /// A typed client of one namespace, for subresources.

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use kube::Client;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use kube::core::Request;
+use outrigger_client::Decoded;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
@@ -281,7 +282,8 @@ impl<K: Object> Store<K> {
 
     async fn send(&self, request: Result<http::Request<Vec<u8>>, kube::core::request::Error>) -> Result<Arc<K>, SyncError> {
         let request = request.map_err(kube::Error::BuildRequest)?;
-        Ok(self.answered(self.0.client.request::<K>(request).await?))
+        let answer = self.0.client.request::<Decoded<K>>(request).await?;
+        Ok(self.answered(answer.whole().map_err(|error| SyncError::Other(error.to_string()))?))
     }
 
     pub async fn create(&self, object: &K) -> Result<Arc<K>, SyncError> {
@@ -346,8 +348,8 @@ impl<K: Object> Store<K> {
     /// A read past the copy, for decisions that must not rest on an old state.
     pub async fn get_live(&self, key: &Key) -> Result<Option<K>, SyncError> {
         let request = self.request(&key.namespace).get(&key.name, &Default::default()).map_err(kube::Error::BuildRequest)?;
-        match self.0.client.request::<K>(request).await.map_err(SyncError::Api) {
-            Ok(object) => Ok(Some(object)),
+        match self.0.client.request::<Decoded<K>>(request).await.map_err(SyncError::Api) {
+            Ok(object) => object.whole().map(Some).map_err(|error| SyncError::Other(error.to_string())),
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
         }

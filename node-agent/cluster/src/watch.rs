@@ -6,11 +6,12 @@ use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client};
+use outrigger_client::{Decoded, Unreadable};
 use serde::de::DeserializeOwned;
 use tokio::task::JoinHandle;
 use tracing::{debug, warn};
 
-use crate::mirror::{Mirror, Object};
+use crate::mirror::{Key, Mirror, Object};
 
 /// Every kind that the agent follows as a whole.
 #[derive(Clone, Default)]
@@ -39,7 +40,7 @@ impl Watch {
 
 /// Keeps `mirror` equal to what the API server has, for ever: errors are logged and retried with back-off,
 /// and the mirror keeps its last state meanwhile.
-pub async fn follow<K>(api: Api<K>, config: watcher::Config, mirror: Mirror<K>)
+pub async fn follow<K>(api: Api<Decoded<K>>, config: watcher::Config, mirror: Mirror<K>)
 where
     K: Object + Debug + DeserializeOwned,
     K::DynamicType: Default,
@@ -50,14 +51,24 @@ where
     while let Some(event) = events.next().await {
         match event {
             Ok(watcher::Event::Init) => initial.clear(),
-            Ok(watcher::Event::InitApply(object)) => initial.push(object),
+            Ok(watcher::Event::InitApply(object)) => initial.extend(readable(&kind, object)),
             Ok(watcher::Event::InitDone) => {
                 debug!(kind, objects = initial.len(), "listed");
                 mirror.replace(std::mem::take(&mut initial));
             }
-            Ok(watcher::Event::Apply(object)) => mirror.apply(object),
-            Ok(watcher::Event::Delete(object)) => mirror.delete(object),
+            Ok(watcher::Event::Apply(object)) => {
+                readable(&kind, object).into_iter().for_each(|object| mirror.apply(object));
+            }
+            Ok(watcher::Event::Delete(object)) => {
+                let held = |gone: &Unreadable| mirror.get(&Key::of_meta(&gone.metadata)).map(|held| (*held).clone());
+                object.whole().map_or_else(|gone| held(&gone), Some).into_iter().for_each(|object| mirror.delete(object));
+            }
             Err(error) => warn!(kind, %error, "the watch broke off; it is taken up again"),
         }
     }
+}
+
+/// An object that isn't what its kind demands keeps its last readable state, and hides nothing else.
+fn readable<K>(kind: &str, object: Decoded<K>) -> Option<K> {
+    object.whole().inspect_err(|error| warn!(kind, %error, "can't read an object; it is left out")).ok()
 }
