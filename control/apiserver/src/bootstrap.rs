@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use jiff::Timestamp;
+use outrigger_access::bootstrap::Reconciled;
 use outrigger_api::{Resource, meta, prepare};
 use outrigger_store::{Expect, Op, TxnOutcome};
 use serde_json::{Value, json};
@@ -204,14 +205,13 @@ fn roles(engine: &Engine) -> Vec<Op> {
             None => ops.push(Op::create(key, fresh_bytes(&resource, wanted.object))),
             Some(entry) => {
                 let mut stored = entry.object();
-                if outrigger_access::bootstrap::reconcile(&mut stored, &wanted) == outrigger_access::bootstrap::Reconciled::Changed {
-                    ops.push(Op::Put {
-                        key,
-                        value: stored_bytes(&resource, &stored),
-                        expect: Expect::ModRevision(entry.revision),
-                        ttl: None,
-                    });
-                }
+                let value = match outrigger_access::bootstrap::reconcile(&mut stored, &wanted) {
+                    Reconciled::Unchanged => continue,
+                    Reconciled::Changed => stored_bytes(&resource, &stored),
+                    // A roleRef can't change: a new object takes the place of the old one.
+                    Reconciled::Recreate => fresh_bytes(&resource, wanted.object),
+                };
+                ops.push(Op::Put { key, value, expect: Expect::ModRevision(entry.revision), ttl: None });
             }
         }
     }
