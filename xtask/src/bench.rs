@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::cluster::Cluster;
@@ -39,10 +39,59 @@ enum What {
         #[arg(long, value_delimiter = ',', default_value = "ebpf,nftables,userspace")]
         modes: Vec<String>,
     },
+    /// From creating a pod to seeing it Running, beside what the runtime alone takes for it
+    Pods {
+        /// Pods one after another; the median counts
+        #[arg(long, default_value_t = 20)]
+        count: usize,
+        /// Pods at once, after that
+        #[arg(long, default_value_t = 10)]
+        parallel: usize,
+    },
 }
 
 pub fn run(options: &Options) -> Result<()> {
-    let What::Dataplane { rounds, seconds, modes } = &options.what;
+    match &options.what {
+        What::Dataplane { rounds, seconds, modes } => dataplane(*rounds, *seconds, modes),
+        What::Pods { count, parallel } => pods(*count, *parallel),
+    }
+}
+
+/// One node, so that the reference runs on the same runtime.
+fn pods(count: usize, parallel: usize) -> Result<()> {
+    const NAME: &str = "bench-pods";
+    build_client()?;
+    let cluster = up::start(&up::Options {
+        nodes: 1,
+        name: NAME.into(),
+        proxy_mode: "auto".into(),
+        api_port: None,
+        no_demo: true,
+        profile: "release".into(),
+    })?;
+    let output = Command::new(paths::target().join("release/pods"))
+        .arg("--kubeconfig")
+        .arg(cluster.kubeconfig())
+        .args(["--runtime-endpoint", &format!("unix://{}", cluster.containerd_socket(0).display())])
+        .args(["--cgroup-parent", &format!("/{}/bench", cluster.cgroup(&Cluster::node_name(0)))])
+        .args(["--image", images::demo::BUSYBOX, "--count", &count.to_string(), "--parallel", &parallel.to_string()])
+        .output()
+        .context("run the bench's client");
+    down::run(&down::Options { name: NAME.into() })?;
+    let output = output?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    report("pods.md", &String::from_utf8_lossy(&output.stdout))
+}
+
+fn report(file: &str, table: &str) -> Result<()> {
+    let report = paths::target().join("bench");
+    fs::create_dir_all(&report)?;
+    fs::write(report.join(file), table)?;
+    println!("{table}");
+    Ok(())
+}
+
+fn dataplane(rounds: usize, seconds: u64, modes: &[String]) -> Result<()> {
     tools::install(&[("iperf3", "iperf3")])?;
     let image = image()?;
     let mut labs = Vec::new();
@@ -50,28 +99,27 @@ pub fn run(options: &Options) -> Result<()> {
         for mode in modes {
             labs.push(Bed::start(mode, &image)?);
         }
-        measure(&labs, *rounds, *seconds)
+        measure(&labs, rounds, seconds)
     })();
     for mode in modes {
         down::run(&down::Options { name: lab_name(mode) })?;
     }
-    let table = render(&result?);
-    let report = paths::target().join("bench");
-    fs::create_dir_all(&report)?;
-    fs::write(report.join("dataplane.md"), &table)?;
-    println!("{table}");
-    Ok(())
+    report("dataplane.md", &render(&result?))
 }
 
 fn lab_name(mode: &str) -> String {
     format!("bench-{mode}")
 }
 
-fn image() -> Result<std::path::PathBuf> {
+fn build_client() -> Result<()> {
     step("build the bench's client", |_| {
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         tools::run(cargo.current_dir(paths::workspace()).args(["build", "--release", "--package", "outrigger-bench"]))
-    })?;
+    })
+}
+
+fn image() -> Result<std::path::PathBuf> {
+    build_client()?;
     // The client changes with the checkout, so the cache's copy is never taken.
     let _ = fs::remove_file(images::file("bench"));
     let config = json!({"Cmd": ["/outrigger-bench", "serve"], "Env": [PATH]});

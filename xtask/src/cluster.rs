@@ -89,7 +89,7 @@ impl Cluster {
         }
     }
 
-    fn cgroup(&self, host: &str) -> String {
+    pub fn cgroup(&self, host: &str) -> String {
         format!("{}/{host}", Lab::cgroup(&self.name))
     }
 
