@@ -15,8 +15,8 @@ use crate::paths;
 use crate::progress::step;
 use crate::tools::{self, run};
 
-/// Raised when a recipe below changes, so that the cache is not taken for current.
-const REVISION: u32 = 1;
+/// What the images are made by: when it changes, the cache has none of them.
+const RECIPES: [&str; 3] = [include_str!("mod.rs"), include_str!("demo.rs"), include_str!("conformance.rs")];
 
 /// What goes into an image.
 pub struct Recipe {
@@ -37,7 +37,8 @@ pub const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/
 
 /// Where the cache has the image of that name.
 pub fn file(name: &str) -> PathBuf {
-    paths::cache().join("images").join(format!("r{REVISION}")).join(format!("{name}.tar"))
+    let recipes = digest(RECIPES.concat().as_bytes());
+    paths::cache().join("images").join(&recipes[..12]).join(format!("{name}.tar"))
 }
 
 /// Builds one image unless the cache has it.
@@ -94,9 +95,13 @@ fn pack(recipe: &Recipe, work: &Path, root: &Path, layout: &Path) -> Result<()> 
 }
 
 fn blob(layout: &Path, media_type: &str, bytes: &[u8]) -> Result<Value> {
-    let digest: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    let digest = digest(bytes);
     fs::write(layout.join("blobs/sha256").join(&digest), bytes)?;
     Ok(json!({"mediaType": media_type, "digest": format!("sha256:{digest}"), "size": bytes.len()}))
+}
+
+fn digest(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Unpacks Debian packages into `root` without installing them.
