@@ -99,6 +99,7 @@ fn facts(definition: &Value, version: &Value) -> CustomFacts {
     let scale = meta::get(version, "subresources.scale");
     CustomFacts {
         definition: meta::name(definition).to_string(),
+        since: meta::resource_version(definition).parse().unwrap_or_default(),
         schema: Some(version["schema"]["openAPIV3Schema"].clone()).filter(|schema| !schema.is_null()),
         preserve_unknown_fields: meta::get(definition, "spec.preserveUnknownFields") == true,
         columns: meta::items(version, "additionalPrinterColumns").iter().map(column).collect(),

@@ -1,7 +1,8 @@
 //! Fitting a request's JSON to a built-in kind's struct: types, unknown and duplicate fields, canonical quantities and times.
+use std::collections::HashSet;
 use std::fmt;
 
-use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
 use crate::quantity::Quantity;
@@ -269,17 +270,55 @@ fn go_type(shape: &Shape) -> String {
 
 /// Parses JSON and reports fields that occur twice in one object, as `duplicate field "spec.a"`; the last one wins.
 pub fn parse_json(bytes: &[u8]) -> Result<(Value, Vec<String>), String> {
-    let mut duplicates = Vec::new();
-    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
-    let seed = Tracking { path: String::new(), duplicates: &mut duplicates };
-    let value = seed.deserialize(&mut deserializer).map_err(|error| error.to_string())?;
-    deserializer.end().map_err(|error| error.to_string())?;
-    Ok((value, duplicates))
+    let mut notes = Notes::default();
+    let value = read_json(bytes, &mut notes)?;
+    Ok((value, notes.findings))
 }
 
-struct Tracking<'a> {
+/// Duplicate and unknown fields in the order in which the text has them, as Go's decoder meets them.
+pub fn in_document_order(bytes: &[u8], unknown: &[String]) -> Vec<String> {
+    let mut notes = Notes { unknown: unknown.iter().cloned().collect(), ..Notes::default() };
+    // The text was read before: it parses.
+    let _ = read_json(bytes, &mut notes);
+    notes.findings
+}
+
+fn read_json(bytes: &[u8], notes: &mut Notes) -> Result<Value, String> {
+    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
+    let value = Tracking::new(notes).deserialize(&mut deserializer).map_err(|error| error.to_string())?;
+    deserializer.end().map_err(|error| error.to_string())?;
+    Ok(value)
+}
+
+/// What a [`Tracking`] read met on its way.
+#[derive(Clone, Debug, Default)]
+pub struct Notes {
+    /// `duplicate field "a.b"`, and `unknown field "a.b"` for the paths asked for.
+    pub findings: Vec<String>,
+    /// The keys of the duplicates among the findings, in order.
+    pub keys: Vec<String>,
+    unknown: HashSet<String>,
+    /// Makes the duplicate of this number an error, whose place then says where it stands.
+    fail_at: Option<usize>,
+}
+
+impl Notes {
+    /// Notes of a read that ends at the duplicate of this number.
+    pub fn failing_at(number: usize) -> Notes {
+        Notes { fail_at: Some(number), ..Notes::default() }
+    }
+}
+
+/// Reads any self-describing format into a value, noting fields that occur twice in one object.
+pub struct Tracking<'a> {
     path: String,
-    duplicates: &'a mut Vec<String>,
+    notes: &'a mut Notes,
+}
+
+impl<'a> Tracking<'a> {
+    pub fn new(notes: &'a mut Notes) -> Tracking<'a> {
+        Tracking { path: String::new(), notes }
+    }
 }
 
 impl<'de> DeserializeSeed<'de> for Tracking<'_> {
@@ -328,7 +367,7 @@ impl<'de> Visitor<'de> for Tracking<'_> {
     fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
         let mut items = Vec::new();
         while let Some(item) =
-            access.next_element_seed(Tracking { path: format!("{}[{}]", self.path, items.len()), duplicates: &mut *self.duplicates })?
+            access.next_element_seed(Tracking { path: format!("{}[{}]", self.path, items.len()), notes: &mut *self.notes })?
         {
             items.push(item);
         }
@@ -337,24 +376,64 @@ impl<'de> Visitor<'de> for Tracking<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
         let mut map = Map::new();
-        while let Some(key) = access.next_key::<KeyText>()? {
-            let key = key.0;
+        while let Some(key) = access.next_key_seed(Key { known: &map, notes: &*self.notes })? {
             let path = if self.path.is_empty() { key.clone() } else { format!("{}.{key}", self.path) };
             if map.contains_key(&key) {
-                self.duplicates.push(format!("duplicate field \"{path}\""));
+                self.notes.findings.push(format!("duplicate field \"{path}\""));
+                self.notes.keys.push(key.clone());
             }
-            let value = access.next_value_seed(Tracking { path, duplicates: &mut *self.duplicates })?;
+            if self.notes.unknown.remove(&path) {
+                self.notes.findings.push(format!("unknown field \"{path}\""));
+            }
+            let value = access.next_value_seed(Tracking { path, notes: &mut *self.notes })?;
             map.insert(key, value);
         }
         Ok(Value::Object(map))
     }
 }
 
-struct KeyText(String);
+/// An object's key as text; numbers and booleans, which YAML allows, as they are written.
+struct Key<'a> {
+    known: &'a Map<String, Value>,
+    notes: &'a Notes,
+}
 
-impl<'de> Deserialize<'de> for KeyText {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<KeyText, D::Error> {
-        String::deserialize(deserializer).map(KeyText).map_err(D::Error::custom)
+impl<'de> DeserializeSeed<'de> for Key<'_> {
+    type Value = String;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<String, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl Visitor<'_> for Key<'_> {
+    type Value = String;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a key")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, key: &str) -> Result<String, E> {
+        if self.notes.fail_at == Some(self.notes.keys.len()) && self.known.contains_key(key) {
+            return Err(E::custom(key));
+        }
+        Ok(key.to_string())
+    }
+
+    fn visit_bool<E: serde::de::Error>(self, key: bool) -> Result<String, E> {
+        self.visit_str(&key.to_string())
+    }
+
+    fn visit_i64<E: serde::de::Error>(self, key: i64) -> Result<String, E> {
+        self.visit_str(&key.to_string())
+    }
+
+    fn visit_u64<E: serde::de::Error>(self, key: u64) -> Result<String, E> {
+        self.visit_str(&key.to_string())
+    }
+
+    fn visit_f64<E: serde::de::Error>(self, key: f64) -> Result<String, E> {
+        self.visit_str(&key.to_string())
     }
 }
 
@@ -409,5 +488,8 @@ mod tests {
         assert_eq!(value, json!({"a": 2.5, "b": [{"c": 2}]}));
         assert_eq!(duplicates, ["duplicate field \"b[0].c\"", "duplicate field \"a\""]);
         assert!(parse_json(b"{} x").is_err());
+        let text = br#"{"spec": {"x": 1, "a": 1, "a": 2, "y": 3}}"#;
+        let found = in_document_order(text, &["spec.x".into(), "spec.y".into()]);
+        assert_eq!(found, ["unknown field \"spec.x\"", "duplicate field \"spec.a\"", "unknown field \"spec.y\""]);
     }
 }

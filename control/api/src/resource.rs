@@ -106,6 +106,8 @@ pub struct ScalePaths {
 pub struct CustomFacts {
     /// Name of the definition, `plural.group`.
     pub definition: String,
+    /// The definition's resourceVersion: what was stored later fits the schema.
+    pub since: u64,
     /// The structural schema, `openAPIV3Schema`; absent only for versions without one.
     pub schema: Option<Value>,
     pub preserve_unknown_fields: bool,

@@ -12,7 +12,7 @@ pub struct Status {
     /// CamelCase reason; empty for successes.
     pub reason: &'static str,
     pub message: String,
-    /// `details`: name, group, kind, uid, causes, retryAfterSeconds.
+    /// `details`: name, group, kind, uid, causes, retryAfterSeconds; and `continue`, which goes to the Status' own metadata.
     pub details: Option<Value>,
 }
 
@@ -88,6 +88,9 @@ impl Status {
         }
         if let Some(details) = &self.details {
             value["details"] = details.clone();
+            if let Some(token) = crate::meta::remove(&mut value, "details.continue") {
+                value["metadata"]["continue"] = token;
+            }
         }
         if !self.is_success() {
             value["code"] = self.code.into();
@@ -185,11 +188,7 @@ impl Status {
     /// The continue token is too old; `token` continues from now, inconsistently.
     pub fn expired_continue(token: &str) -> Status {
         let message = "The provided continue parameter is too old to display a consistent list result. You can start a new list without the continue parameter, or use the continue token in this response to retrieve the remainder of the results. Continuing with the provided token results in an inconsistent list - objects that were created, modified, or deleted between the time the first chunk was returned and now may show up in the list.";
-        let mut status = Status::expired(message);
-        if !token.is_empty() {
-            status = status.with_details(json!({"continue": token}));
-        }
-        status
+        Status::expired(message).with_details(json!({"continue": token}))
     }
 
     pub fn too_old_resource_version(requested: u64, oldest: u64) -> Status {

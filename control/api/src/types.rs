@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::LazyLock;
 
-pub use crate::decode::{Decoded, decode, decode_as, decode_metadata, parse_json};
+pub use crate::decode::{Decoded, Notes, Tracking, decode, decode_as, decode_metadata, in_document_order, parse_json};
 
 /// Index into [`graph`]'s types.
 pub type TypeId = usize;

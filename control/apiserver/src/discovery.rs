@@ -65,9 +65,9 @@ pub async fn route(
             "text/plain; version=0.0.4; charset=utf-8",
             engine.metrics.render(&engine.hub.counts(), engine.started.elapsed()),
         )),
-        ["openapi", "v2"] => engine.openapi.v2(engine, &request),
+        ["openapi", "v2"] => engine.openapi.v2(engine, request.headers()).await,
         ["openapi", "v3"] => engine.openapi.index(engine),
-        ["openapi", "v3", rest @ ..] => engine.openapi.document(engine, &request, rest, query),
+        ["openapi", "v3", rest @ ..] => engine.openapi.document(engine, request.headers(), rest, query).await,
         ["openid", "v1", "jwks"] => Ok(reply::plain(200, "application/jwk-set+json", encode(&engine.tokens.jwks()))),
         [".well-known", "openid-configuration"] => {
             let jwks = format!("https://{}:{}/openid/v1/jwks", engine.config.advertise_address, engine.config.secure_port);

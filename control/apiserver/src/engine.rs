@@ -199,10 +199,8 @@ impl Engine {
 
     async fn resource(self: &Arc<Self>, request: Request, info: RequestInfo, query: Query, user: UserInfo) -> Result<Response, Status> {
         let resource = self.find(&info).await?;
-        let forms = matches!(info.verb.as_str(), "get" | "list" | "watch")
-            || info.verb == "create"
-            || info.verb == "update"
-            || info.verb == "patch";
+        let forms =
+            matches!(info.verb.as_str(), "get" | "list" | "watch" | "create" | "update" | "patch") && !resource.strategy.create_only;
         let streams = matches!(info.subresource.as_str(), "log" | "exec" | "attach" | "portforward" | "proxy");
         let accept = if streams { negotiate::Accept::default() } else { negotiate::accept(request.headers(), forms)? };
         let call = Call::new(user, info, query, accept, resource)?;

@@ -14,7 +14,7 @@ pub const ROOT: &str = "/registry/";
 /// Told of every object as the caches are, in revision order.
 pub trait Listener: Send + Sync {
     /// `key` without the root; `value` is none for a deletion.
-    fn changed(&self, key: &str, value: Option<&[u8]>);
+    fn changed(&self, key: &str, revision: u64, value: Option<&[u8]>);
 }
 
 /// Loads everything at one revision and opens the watch that goes on from there.
@@ -24,7 +24,7 @@ pub async fn load(store: &Arc<dyn Store>, hub: &Hub, listeners: &[Arc<dyn Listen
     for kv in &all.kvs {
         let key = kv.key.strip_prefix(ROOT).unwrap_or(&kv.key);
         for listener in listeners {
-            listener.changed(key, Some(&kv.value));
+            listener.changed(key, kv.mod_revision, Some(&kv.value));
         }
         hub.load(key, kv.mod_revision, &kv.value);
     }
@@ -70,7 +70,7 @@ fn apply(hub: &Hub, listeners: &[Arc<dyn Listener>], event: Event) {
     };
     let key = key.strip_prefix(ROOT).unwrap_or(&key);
     for listener in listeners {
-        listener.changed(key, value.as_deref());
+        listener.changed(key, revision, value.as_deref());
     }
     hub.apply(StoreChange { key: key.to_string(), revision, value });
 }

@@ -4,6 +4,8 @@ use bytes::Bytes;
 use http::HeaderMap;
 use http::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_TYPE};
 use outrigger_api::Status;
+use outrigger_api::types::{Notes, Tracking};
+use serde::de::DeserializeSeed;
 use serde_json::Value;
 
 pub const JSON: &str = "application/json";
@@ -124,6 +126,20 @@ pub fn decode_yaml(body: &[u8]) -> Result<Value, Status> {
     serde_yaml_ng::from_slice(body).map_err(|error| Status::bad_request(format!("error converting YAML to JSON: {error}")))
 }
 
+/// YAML, and its duplicate fields as upstream's strict YAML reader reports them: in one finding, with their lines.
+pub fn decode_yaml_strictly(body: &[u8]) -> Result<(Value, Vec<String>), Status> {
+    let mut notes = Notes::default();
+    let read = |notes: &mut Notes| Tracking::new(notes).deserialize(serde_yaml_ng::Deserializer::from_slice(body));
+    let value = read(&mut notes).map_err(|error| Status::bad_request(format!("error converting YAML to JSON: {error}")))?;
+    let places = notes.keys.iter().enumerate().filter_map(|(number, key)| {
+        let error = read(&mut Notes::failing_at(number)).err()?;
+        Some(format!("\n  line {}: key {key:?} already set in map", error.location()?.line()))
+    });
+    let places: String = places.collect();
+    let findings = (!places.is_empty()).then(|| format!("yaml: unmarshal errors:{places}"));
+    Ok((value, findings.into_iter().collect()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -146,5 +162,13 @@ mod tests {
         assert_eq!(of("application/json;as=Nonsense;v=v1;g=meta.k8s.io").unwrap_err().code, 406);
         let metadata = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json";
         assert_eq!(of(metadata).unwrap().form, Form::Metadata);
+    }
+    #[test]
+    fn duplicate_yaml_keys_are_found_with_their_lines() {
+        let (value, findings) = decode_yaml_strictly(b"\na: 1\nspec:\n  foo: x\n  foo: y\na: 2\n").unwrap();
+        assert_eq!(value, serde_json::json!({"a": 2, "spec": {"foo": "y"}}));
+        let expected = "yaml: unmarshal errors:\n  line 5: key \"foo\" already set in map\n  line 6: key \"a\" already set in map";
+        assert_eq!(findings, [expected]);
+        assert_eq!(decode_yaml_strictly(b"a: 1\n").unwrap().1, Vec::<String>::new());
     }
 }

@@ -179,7 +179,7 @@ impl ObjectLookup for CachedObjects {
 struct RbacListener(Arc<RbacIndex>);
 
 impl Listener for RbacListener {
-    fn changed(&self, key: &str, value: Option<&[u8]>) {
+    fn changed(&self, key: &str, _revision: u64, value: Option<&[u8]>) {
         let Some((prefix, rest)) = split_key(key) else { return };
         let Some(resource) = prefix.strip_prefix("rbac.authorization.k8s.io/") else { return };
         match value {
@@ -199,7 +199,7 @@ impl Listener for RbacListener {
 struct NodeListener(Arc<NodeGraph>);
 
 impl Listener for NodeListener {
-    fn changed(&self, key: &str, value: Option<&[u8]>) {
+    fn changed(&self, key: &str, _revision: u64, value: Option<&[u8]>) {
         let Some((prefix, rest)) = split_key(key) else { return };
         let resource = prefix.rsplit_once('/').map_or(prefix, |(_, plural)| plural);
         if !matches!(resource, "pods" | "persistentvolumes" | "volumeattachments" | "resourceslices" | "podcertificaterequests") {

@@ -30,8 +30,11 @@ pub type Recount = Arc<dyn Fn(&str) + Send + Sync>;
 pub fn start(context: &Context, tasks: &mut JoinSet<()>) -> Recount {
     let queue = Queue::<Key>::new();
     let add = queue.clone();
-    context.informers.quotas.on_change(move |_, new| {
-        if let Some(quota) = new {
+    // Not when only the status changed: admission has just charged an object there that no store shows yet.
+    context.informers.quotas.on_change(move |old, new| {
+        if let Some(quota) = new
+            && old.is_none_or(|old| old.spec != quota.spec)
+        {
             add.add(Key::of(&**quota));
         }
     });

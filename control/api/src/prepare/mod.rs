@@ -80,7 +80,8 @@ pub fn update(resource: &Resource, subresource: Option<&str>, new: &mut Value, o
         }
         Some(_) => {}
     }
-    if subresource != Some("status") && changes_generation(resource, new, old) {
+    // Where a pod runs is no wish of its author's.
+    if !matches!(subresource, Some("status" | "binding")) && changes_generation(resource, new, old) {
         meta::set(new, "metadata.generation", meta::generation(old) + 1);
     }
 }
@@ -291,5 +292,16 @@ mod tests {
             json!({"phase": "Failed", "podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}], "qosClass": "Burstable"})
         );
         assert_eq!(status["spec"], old["spec"]);
+    }
+
+    #[test]
+    fn a_binding_is_no_change_of_the_specification() {
+        let old = json!({"metadata": {"name": "a", "generation": 1}, "spec": {"containers": []}});
+        let mut new = old.clone();
+        meta::set(&mut new, "spec.nodeName", "n");
+        for (subresource, generation) in [(Some("binding"), 1), (Some("resize"), 1), (None, 2)] {
+            let result = updated("", "Pod", subresource, new.clone(), &old);
+            assert_eq!(meta::generation(&result), generation, "{subresource:?}");
+        }
     }
 }

@@ -16,15 +16,15 @@ fn flag(schema: &Value, key: &str) -> bool {
     schema.get(key) == Some(&Value::Bool(true))
 }
 
-/// Fits a custom resource's body to its schema: metadata to ObjectMeta, everything else pruned. Returns warnings (`unknown field "a.b"`);
+/// Fits a custom resource's body to its schema: metadata to ObjectMeta, everything else pruned. Returns the paths of dropped fields;
 /// the error is the message of a 400. Without a schema, or with `preserve`, only metadata is looked at.
 pub fn decode(schema: Option<&Value>, preserve: bool, object: &mut Value) -> Result<Vec<String>, String> {
-    let mut warnings = decode_metadata(object, "")?.warnings();
+    let mut unknown = decode_metadata(object, "")?.unknown;
     if let Some(schema) = schema.filter(|_| !preserve) {
-        warnings.extend(prune(schema, object).into_iter().map(|path| format!("unknown field \"{path}\"")));
+        unknown.extend(prune(schema, object));
     }
-    warnings.sort();
-    Ok(warnings)
+    unknown.sort();
+    Ok(unknown)
 }
 
 /// Drops the fields the schema does not name and returns their paths, sorted; `x-kubernetes-preserve-unknown-fields` and embedded
@@ -177,7 +177,7 @@ mod tests {
         let mut object = json!({"apiVersion": "x/v1", "kind": "X", "metadata": {"name": "a", "foo": 1}, "other": 1, "spec": {
             "n": 1, "x": 2, "list": [{"a": "1", "c": 2}], "map": {"k": {"b": "1", "d": 1}}, "free": {"any": {"thing": 1}, "known": {"z": 1}},
             "pod": {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p", "bar": 1}, "spec": {}, "status": {}}}});
-        let warnings = decode(Some(&schema()), false, &mut object).expect("decodes");
+        let unknown = decode(Some(&schema()), false, &mut object).expect("decodes");
         let paths = [
             "metadata.foo",
             "other",
@@ -188,7 +188,7 @@ mod tests {
             "spec.pod.status",
             "spec.x",
         ];
-        assert_eq!(warnings, paths.map(|path| format!("unknown field \"{path}\"")));
+        assert_eq!(unknown, paths);
         assert_eq!(
             object,
             json!({"apiVersion": "x/v1", "kind": "X", "metadata": {"name": "a"}, "spec": {"n": 1, "list": [{"a": "1"}], "map": {"k": {"b": "1"}},

@@ -1,36 +1,71 @@
-//! OpenAPI documents, one per group and version: made when first asked for, from the kinds' Rust types or a definition's schema, and kept
-//! compressed.
+//! OpenAPI documents, all derived from the table of kinds: when it changes the documents of changed groups are made anew, by whoever asks
+//! first and off the request's thread; the others stay as they are, compressed.
 
 mod document;
+mod facts;
+mod gnostic;
 mod kinds;
+mod paths;
+mod swagger;
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, OnceLock};
 
 use bytes::Bytes;
-use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING, ETAG, HeaderValue, IF_NONE_MATCH};
+use http::HeaderMap;
+use http::header::{ACCEPT, ACCEPT_ENCODING, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_TYPE, ETAG, HeaderValue, IF_NONE_MATCH, VARY};
 use outrigger_api::{Catalog, Status};
 use serde_json::{Value, json};
 
-use crate::body::{Request, Response};
+use crate::body::Response;
 use crate::cache::encode;
 use crate::discovery::sha2_hex::digest;
 use crate::engine::Engine;
-use crate::negotiate::header_text;
+use crate::negotiate::{header_text, media_types};
 use crate::reply;
 use crate::request::Query;
 
-/// One encoded document.
-#[derive(Clone)]
-struct Encoded {
-    gzip: Bytes,
+const V2_PROTOBUF: &str = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf";
+/// The name that older clients know the protobuf form by.
+const V2_PROTOBUF_OLD: &str = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
+
+/// One document: its hash is known at once, its bytes are made on demand and kept compressed.
+struct Document {
     hash: String,
+    gzip: OnceLock<Bytes>,
 }
 
-/// Documents made so far, by their path below /openapi/v3; forgotten when the catalog changes.
+impl Document {
+    fn new(hash: String) -> Arc<Self> {
+        Arc::new(Self { hash, gzip: OnceLock::new() })
+    }
+
+    /// The bytes, made by `make` when they are first asked for; that may take long, so not on a request's thread.
+    async fn bytes(self: &Arc<Self>, make: impl FnOnce() -> Vec<u8> + Send + 'static) -> Result<Bytes, Status> {
+        if let Some(known) = self.gzip.get() {
+            return Ok(known.clone());
+        }
+        let this = self.clone();
+        let made = tokio::task::spawn_blocking(move || this.gzip.get_or_init(|| reply::gzip(&make())).clone());
+        made.await.map_err(Status::internal)
+    }
+}
+
+/// The documents of one state of the table of kinds.
+struct Edition {
+    catalog: Arc<Catalog>,
+    /// By path below /openapi/v3: `api/v1`, `apis/apps/v1`.
+    v3: BTreeMap<String, Arc<Document>>,
+    index: Bytes,
+    v2: Arc<Document>,
+    v2_protobuf: Arc<Document>,
+}
+
 #[derive(Default)]
 pub struct OpenApi {
-    made: Mutex<HashMap<String, Encoded>>,
+    edition: Mutex<Option<Arc<Edition>>>,
+    /// The built-in kinds' part of the v2 document, which never changes.
+    builtin_v2: Arc<OnceLock<swagger::Part>>,
 }
 
 fn path_of(group: &str, version: &str) -> String {
@@ -38,72 +73,103 @@ fn path_of(group: &str, version: &str) -> String {
 }
 
 impl OpenApi {
-    /// A group's definitions have changed.
-    pub fn forget(&self, group: &str) {
-        let prefix = format!("apis/{group}/");
-        let mut made = self.made.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        made.retain(|path, _| !path.starts_with(&prefix) && path != "v2");
+    /// The documents for the kinds served now.
+    fn edition(&self, engine: &Engine) -> Arc<Edition> {
+        let catalog = engine.catalog();
+        let mut edition = self.edition.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(known) = edition.as_ref().filter(|known| Arc::ptr_eq(&known.catalog, &catalog)) {
+            return known.clone();
+        }
+        let next = Arc::new(Edition::new(catalog, edition.as_deref(), &engine.config.git_version));
+        *edition = Some(next.clone());
+        next
     }
 
     pub fn index(&self, engine: &Engine) -> Result<Response, Status> {
-        let catalog = engine.catalog();
-        let mut paths = serde_json::Map::new();
-        for group in catalog.groups() {
-            for version in catalog.versions(group) {
-                let path = path_of(group, version);
-                let hash = fingerprint(engine, &catalog, group, version);
-                paths.insert(path.clone(), json!({"serverRelativeURL": format!("/openapi/v3/{path}?hash={hash}")}));
-            }
-        }
-        let hash = digest(engine.config.git_version.as_bytes());
-        paths.insert("version".into(), json!({"serverRelativeURL": format!("/openapi/v3/version?hash={hash}")}));
-        Ok(reply::json(200, &json!({"paths": paths})))
+        Ok(reply::plain(200, "application/json", self.edition(engine).index.clone()))
     }
 
-    pub fn document(&self, engine: &Engine, request: &Request, segments: &[&str], query: &Query) -> Result<Response, Status> {
-        let catalog = engine.catalog();
+    pub async fn document(&self, engine: &Engine, headers: &HeaderMap, segments: &[&str], query: &Query) -> Result<Response, Status> {
+        let git_version = engine.config.git_version.clone();
         let (group, version) = match segments {
-            ["api", version] => ("", *version),
-            ["apis", group, version] => (*group, *version),
-            ["version"] => return Ok(reply::json(200, &document::version(&engine.config.git_version))),
+            ["api", version] => (String::new(), version.to_string()),
+            ["apis", group, version] => (group.to_string(), version.to_string()),
+            ["version"] => return Ok(reply::json(200, &paths::version(&git_version))),
             _ => return Err(Status::path_not_found()),
         };
-        if !catalog.versions(group).contains(&version) {
-            return Err(Status::path_not_found());
-        }
-        let fingerprint = fingerprint(engine, &catalog, group, version);
-        let make = || document::build(&catalog, group, version, &engine.config.git_version);
-        let encoded = self.encoded(&path_of(group, version), fingerprint.clone(), make);
-        let mut response = send(request, &encoded)?;
-        if query.get("hash").is_some_and(|hash| hash == fingerprint) {
-            response.headers_mut().insert(http::header::CACHE_CONTROL, HeaderValue::from_static("public, immutable"));
+        let edition = self.edition(engine);
+        let document = edition.v3.get(&path_of(&group, &version)).ok_or_else(Status::path_not_found)?;
+        let catalog = edition.catalog.clone();
+        let gzip = document.bytes(move || encode(&document::build(&catalog, &group, &version, &git_version)).into()).await?;
+        let mut response = send(headers, &document.hash, "application/json", gzip)?;
+        if query.get("hash").is_some_and(|hash| hash == document.hash) {
+            response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("public, immutable"));
         }
         Ok(response)
     }
 
-    pub fn v2(&self, engine: &Engine, request: &Request) -> Result<Response, Status> {
-        let catalog = engine.catalog();
-        let hash = digest(format!("v2{}", engine.config.git_version).as_bytes());
-        let encoded = self.encoded("v2", hash, || document::swagger(&catalog, &engine.config.git_version));
-        send(request, &encoded)
-    }
-
-    fn encoded(&self, path: &str, hash: String, make: impl FnOnce() -> Value) -> Encoded {
-        let mut made = self.made.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(known) = made.get(path).filter(|known| known.hash == hash) {
-            return known.clone();
+    pub async fn v2(&self, engine: &Engine, headers: &HeaderMap) -> Result<Response, Status> {
+        let edition = self.edition(engine);
+        let (catalog, builtin) = (edition.catalog.clone(), self.builtin_v2.clone());
+        let git_version = engine.config.git_version.clone();
+        let make = move || swagger::build(&catalog, builtin.get_or_init(|| swagger::Part::builtin(&git_version)), &git_version);
+        let json = edition.v2.bytes(make).await?;
+        if !wants_protobuf(header_text(headers, &ACCEPT)) {
+            return send(headers, &edition.v2.hash, "application/json", json);
         }
-        let encoded = Encoded { gzip: reply::gzip(&encode(&make())), hash };
-        made.insert(path.to_string(), encoded.clone());
-        encoded
+        let make =
+            move || gunzip(&json).ok().and_then(|text| serde_json::from_slice(&text).ok()).map(|v| gnostic::encode(&v)).unwrap_or_default();
+        let protobuf = edition.v2_protobuf.bytes(make).await?;
+        send(headers, &edition.v2_protobuf.hash, V2_PROTOBUF, protobuf)
     }
 }
 
-/// Names a document's content without making it: the server's version, and for custom resources their schemas.
-fn fingerprint(engine: &Engine, catalog: &Arc<Catalog>, group: &str, version: &str) -> String {
-    let mut text = format!("{} {group}/{version}", engine.config.git_version);
+fn wants_protobuf(accept: &str) -> bool {
+    let mut known = media_types(accept).into_iter().filter_map(|media| match media.name {
+        V2_PROTOBUF | V2_PROTOBUF_OLD => Some(true),
+        "application/json" | "application/*" | "*/*" => Some(false),
+        _ => None,
+    });
+    known.next().unwrap_or_default()
+}
+
+impl Edition {
+    /// Documents whose content is the same as in the edition before are taken over with their bytes.
+    fn new(catalog: Arc<Catalog>, before: Option<&Edition>, git_version: &str) -> Self {
+        let mut v3 = BTreeMap::new();
+        for group in catalog.groups() {
+            for version in catalog.versions(group) {
+                let path = path_of(group, version);
+                let hash = fingerprint(git_version, &catalog, group, version);
+                let known = before.and_then(|before| before.v3.get(&path)).filter(|known| known.hash == hash);
+                v3.insert(path, known.cloned().unwrap_or_else(|| Document::new(hash)));
+            }
+        }
+        let all: String = v3.iter().map(|(path, document)| format!("{path} {}\n", document.hash)).collect();
+        let paths: serde_json::Map<String, Value> =
+            v3.iter().map(|(path, document)| (path.clone(), location(path, &document.hash))).collect();
+        let mut index = json!({"paths": paths});
+        index["paths"]["version"] = location("version", &digest(git_version.as_bytes()));
+        Self {
+            index: encode(&index),
+            v2: Document::new(digest(all.as_bytes())),
+            v2_protobuf: Document::new(digest(format!("protobuf\n{all}").as_bytes())),
+            catalog,
+            v3,
+        }
+    }
+}
+
+fn location(path: &str, hash: &str) -> Value {
+    json!({"serverRelativeURL": format!("/openapi/v3/{path}?hash={hash}")})
+}
+
+/// Names a document's content without making it: the server's version, and for custom resources all that shows.
+fn fingerprint(git_version: &str, catalog: &Catalog, group: &str, version: &str) -> String {
+    let mut text = format!("{git_version} {group}/{version}");
     for resource in catalog.resources(group, version) {
-        text.push_str(&resource.plural);
+        text.push_str(&format!(" {} {} {} {}", resource.plural, resource.kind, resource.list_kind, resource.namespaced));
+        resource.subresources.iter().for_each(|sub| text.push_str(&sub.name));
         if let Some(schema) = resource.custom.as_ref().and_then(|custom| custom.schema.as_ref()) {
             text.push_str(&schema.to_string());
         }
@@ -111,17 +177,19 @@ fn fingerprint(engine: &Engine, catalog: &Arc<Catalog>, group: &str, version: &s
     digest(text.as_bytes())
 }
 
-fn send(request: &Request, encoded: &Encoded) -> Result<Response, Status> {
-    let etag = format!("\"{}\"", encoded.hash);
-    let mut response = if header_text(request.headers(), &IF_NONE_MATCH) == etag {
-        reply::plain(304, "application/json", "")
-    } else if header_text(request.headers(), &ACCEPT_ENCODING).contains("gzip") {
-        let mut response = reply::plain(200, "application/json", encoded.gzip.clone());
+fn send(headers: &HeaderMap, hash: &str, kind: &'static str, gzip: Bytes) -> Result<Response, Status> {
+    let etag = format!("\"{hash}\"");
+    let mut response = if header_text(headers, &IF_NONE_MATCH) == etag {
+        reply::plain(304, kind, "")
+    } else if header_text(headers, &ACCEPT_ENCODING).contains("gzip") {
+        let mut response = reply::plain(200, kind, gzip);
         response.headers_mut().insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
         response
     } else {
-        reply::plain(200, "application/json", gunzip(&encoded.gzip).map_err(Status::internal)?)
+        reply::plain(200, kind, gunzip(&gzip).map_err(Status::internal)?)
     };
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    response.headers_mut().insert(VARY, HeaderValue::from_static("Accept-Encoding, Accept"));
     if let Ok(etag) = HeaderValue::from_str(&etag) {
         response.headers_mut().insert(ETAG, etag);
     }

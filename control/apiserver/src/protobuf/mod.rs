@@ -5,7 +5,7 @@
 mod decode;
 mod encode;
 mod table;
-mod wire;
+pub mod wire;
 
 use outrigger_api::meta;
 use serde_json::Value;

@@ -29,16 +29,17 @@ pub fn is_definition(resource: &Resource) -> bool {
 pub struct CatalogListener(pub Arc<RwLock<Arc<Catalog>>>);
 
 impl Listener for CatalogListener {
-    fn changed(&self, key: &str, value: Option<&[u8]>) {
+    fn changed(&self, key: &str, revision: u64, value: Option<&[u8]>) {
         let Some((PREFIX, name)) = split_key(key) else { return };
         let mut catalog = self.0.write().unwrap_or_else(|poisoned| poisoned.into_inner());
         let mut next = Catalog::clone(&catalog);
         if let Some((plural, group)) = name.split_once('.') {
             next.remove_custom(group, plural);
         }
-        if let Some(definition) = value.and_then(|bytes| serde_json::from_slice::<Value>(bytes).ok())
+        if let Some(mut definition) = value.and_then(|bytes| serde_json::from_slice::<Value>(bytes).ok())
             && condition(&definition, "Established")
         {
+            meta::set_resource_version(&mut definition, &revision.to_string());
             for resource in custom::resources(&definition) {
                 next.insert(resource);
             }

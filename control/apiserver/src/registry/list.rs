@@ -7,7 +7,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::{BufMut, Bytes, BytesMut};
 use jiff::Timestamp;
 use outrigger_api::selector::{FieldSelector, LabelSelector};
-use outrigger_api::{FieldError, Resource, Status, convert, table};
+use outrigger_api::{FieldError, Resource, Status, table};
 use outrigger_store::{RangeRequest, StoreError};
 use serde_json::{Value, json};
 
@@ -17,7 +17,7 @@ use crate::engine::Engine;
 use crate::feed::ROOT;
 use crate::negotiate::Form;
 use crate::registry::read::{include_object, parse_revision, partial};
-use crate::registry::{in_version, store_failure};
+use crate::registry::{in_version, shown_as_stored, store_failure};
 use crate::reply::Reply;
 
 /// Label and field selector of a list or watch.
@@ -120,12 +120,11 @@ fn encode_list(resource: &Resource, metadata: &Value, entries: &[Arc<Entry>]) ->
         format!("{{\"kind\":\"{}\",\"apiVersion\":\"{}\",\"metadata\":{metadata},\"items\":[", resource.list_kind, resource.api_version())
             .as_bytes(),
     );
-    let identity = convert::is_identity(resource);
     for (i, entry) in entries.iter().enumerate() {
         if i > 0 {
             out.put_u8(b',');
         }
-        if identity {
+        if shown_as_stored(resource, entry) {
             out.put_slice(&entry.body);
         } else {
             out.put_slice(&crate::cache::encode(&in_version(resource, entry)));
@@ -213,8 +212,15 @@ async fn candidates(
         return Ok((snapshot.entries, revision.max(snapshot.last_change)));
     };
     engine.reach(wanted).await?;
+    let failure = |error| match (error, after) {
+        (StoreError::Compacted { .. }, Some(after)) => Status::expired_continue(&Continue::encode(-1, after)),
+        (StoreError::Compacted { .. }, None) => Status::expired("The resourceVersion for the provided list is too old."),
+        (other, _) => store_failure(other),
+    };
     let snapshot = cache.range(within, after);
     if snapshot.last_change <= wanted {
+        // Even if nothing has changed since: history that is gone must look the same whether the cache could answer or not.
+        engine.store.range(RangeRequest::key(ROOT).at(wanted)).await.map_err(failure)?;
         return Ok((snapshot.entries, wanted));
     }
     let range = format!("{ROOT}{prefix}/{within}");
@@ -222,17 +228,9 @@ async fn candidates(
         Some(after) => format!("{ROOT}{prefix}/{after}\0"),
         None => range.clone(),
     };
-    match engine.store.range(RangeRequest::continued(range, start).at(wanted)).await {
-        Ok(result) => Ok((
-            result.kvs.iter().filter_map(|kv| engine.hub.historic(kv.key.strip_prefix(ROOT)?, kv.mod_revision, &kv.value)).collect(),
-            wanted,
-        )),
-        Err(StoreError::Compacted { .. }) => Err(match after {
-            Some(after) => Status::expired_continue(&Continue::encode(-1, after)),
-            None => Status::expired(format!("The resourceVersion for the provided list is too old: {wanted}")),
-        }),
-        Err(other) => Err(store_failure(other)),
-    }
+    let result = engine.store.range(RangeRequest::continued(range, start).at(wanted)).await.map_err(failure)?;
+    let old = result.kvs.iter().filter_map(|kv| engine.hub.historic(kv.key.strip_prefix(ROOT)?, kv.mod_revision, &kv.value));
+    Ok((old.collect(), wanted))
 }
 
 fn cut(resource: &Resource, selectors: &Selectors, candidates: Vec<Arc<Entry>>, revision: u64, limit: usize) -> Page {

@@ -107,29 +107,46 @@ pub async fn body_object(engine: &Engine, call: &Call, request: Request) -> Resu
 
 /// Decodes a body that must be of `resource`'s kind.
 pub fn decode_object(_engine: &Engine, call: &Call, resource: &Resource, headers: &HeaderMap, bytes: &Bytes) -> Result<Value, Status> {
-    let mut object = decode_value(call, headers, bytes)?;
+    let (mut object, duplicates) = parse(call, headers, bytes)?;
     check_kind(&mut object, &resource.api_version(), &resource.kind)?;
-    fit(call, resource, &mut object)?;
+    let unknown = fitted(resource, &mut object)?;
+    report(call, findings(resource, bytes, duplicates, unknown))?;
+    default::apply(resource, &mut object);
     Ok(object)
 }
 
 /// Decodes a body without looking at its kind; duplicate fields are reported as the request wants.
 pub fn decode_value(call: &Call, headers: &HeaderMap, bytes: &Bytes) -> Result<Value, Status> {
-    let media = MediaType::parse(header_text(headers, &CONTENT_TYPE)).name.to_string();
-    let object = if matches!(media.as_str(), "" | "application/json") && call.field_validation != FieldValidation::Ignore {
-        let (object, duplicates) = types::parse_json(bytes)
-            .map_err(|error| Status::bad_request(format!("couldn't get version/kind; json parse error: {error}")))?;
-        report(call, duplicates)?;
-        object
-    } else {
-        negotiate::decode_body(headers, bytes)?
+    let (object, duplicates) = parse(call, headers, bytes)?;
+    report(call, duplicates)?;
+    Ok(object)
+}
+
+/// The body's object, and what was found twice in its text.
+fn parse(call: &Call, headers: &HeaderMap, bytes: &Bytes) -> Result<(Value, Vec<String>), Status> {
+    let strict = call.field_validation != FieldValidation::Ignore;
+    let (object, duplicates) = match MediaType::parse(header_text(headers, &CONTENT_TYPE)).name {
+        "" | negotiate::JSON if strict => types::parse_json(bytes)
+            .map_err(|error| Status::bad_request(format!("couldn't get version/kind; json parse error: {error}")))?,
+        negotiate::YAML if strict => negotiate::decode_yaml_strictly(bytes)?,
+        _ => (negotiate::decode_body(headers, bytes)?, Vec::new()),
     };
     if !object.is_object() {
         return Err(Status::bad_request(
             "couldn't get version/kind; json parse error: json: cannot unmarshal a value that is not an object",
         ));
     }
-    Ok(object)
+    Ok((object, duplicates))
+}
+
+/// Both kinds of findings in upstream's order: that of the text for built-in kinds, duplicates first for custom ones.
+fn findings(resource: &Resource, bytes: &Bytes, duplicates: Vec<String>, unknown: Vec<String>) -> Vec<String> {
+    let unknown_texts = unknown.iter().map(|path| format!("unknown field \"{path}\""));
+    if duplicates.is_empty() || unknown.is_empty() || resource.custom.is_some() {
+        return duplicates.into_iter().chain(unknown_texts).collect();
+    }
+    let ordered = types::in_document_order(bytes, &unknown);
+    if ordered.is_empty() { duplicates.into_iter().chain(unknown_texts).collect() } else { ordered }
 }
 
 /// A body may leave out its type; if it says one it must be the path's.
@@ -150,24 +167,22 @@ pub fn check_kind(object: &mut Value, api_version: &str, kind: &str) -> Result<(
 
 /// Fits an object to its kind's schema (unknown fields go, with a warning or an error) and fills in defaults.
 pub fn fit(call: &Call, resource: &Resource, object: &mut Value) -> Result<(), Status> {
-    let unknown = match &resource.custom {
-        None => {
-            let decoded = types::decode(resource, object).map_err(|error| {
-                let (kind, version) = (&resource.kind, &resource.version);
-                Status::bad_request(format!("{kind} in version {version:?} cannot be handled as a {kind}: {error}"))
-            })?;
-            decoded.warnings()
-        }
-        Some(custom) => match &custom.schema {
-            Some(structural) if !custom.preserve_unknown_fields => {
-                schema::prune(structural, object).into_iter().map(|path| format!("unknown field \"{path}\"")).collect()
-            }
-            _ => Vec::new(),
-        },
-    };
-    report(call, unknown)?;
+    let unknown = fitted(resource, object)?;
+    report(call, unknown.into_iter().map(|path| format!("unknown field \"{path}\"")).collect())?;
     default::apply(resource, object);
     Ok(())
+}
+
+/// Fits an object to its kind's schema and returns the paths of the fields that it dropped.
+fn fitted(resource: &Resource, object: &mut Value) -> Result<Vec<String>, Status> {
+    let decoded = match &resource.custom {
+        None => types::decode(resource, object).map(|decoded| decoded.unknown),
+        Some(custom) => schema::decode(custom.schema.as_ref(), custom.preserve_unknown_fields, object),
+    };
+    decoded.map_err(|error| {
+        let (kind, version) = (&resource.kind, &resource.version);
+        Status::bad_request(format!("{kind} in version {version:?} cannot be handled as a {kind}: {error}"))
+    })
 }
 
 fn report(call: &Call, findings: Vec<String>) -> Result<(), Status> {
@@ -197,11 +212,21 @@ pub fn cached(engine: &Engine, call: &Call, name: &str) -> Option<Arc<Entry>> {
     engine.hub.cache(prefix).get(rest)
 }
 
-/// An entry's object in the version that the call speaks.
+/// Whether an entry's bytes are what the resource's version shows.
+pub fn shown_as_stored(resource: &Resource, entry: &Entry) -> bool {
+    convert::is_identity(resource) && resource.custom.as_ref().is_none_or(|custom| entry.revision > custom.since)
+}
+
+/// An entry's object in the version that the call speaks. A custom one that was stored under an older schema is fitted to the present one.
 pub fn in_version(resource: &Resource, entry: &Entry) -> Value {
     let mut object = entry.object();
     if !convert::is_identity(resource) {
         convert::to_version(resource, &mut object);
+    }
+    if resource.custom.as_ref().is_some_and(|custom| entry.revision <= custom.since || !convert::is_identity(resource)) {
+        // What doesn't fit any more is shown as it is: only writes are refused for it.
+        let _ = fitted(resource, &mut object);
+        default::apply(resource, &mut object);
     }
     object
 }

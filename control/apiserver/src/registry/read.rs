@@ -2,13 +2,13 @@
 
 use jiff::Timestamp;
 use outrigger_api::table::{self, IncludeObject};
-use outrigger_api::{Resource, Status, convert, meta};
+use outrigger_api::{Resource, Status, meta};
 use serde_json::{Value, json};
 
 use crate::call::Call;
 use crate::engine::Engine;
 use crate::negotiate::Form;
-use crate::registry::{cached, in_version};
+use crate::registry::{cached, in_version, shown_as_stored};
 use crate::reply::Reply;
 
 pub async fn get(engine: &Engine, call: &Call) -> Result<Reply, Status> {
@@ -21,7 +21,7 @@ pub async fn get(engine: &Engine, call: &Call) -> Result<Reply, Status> {
         text => engine.reach(parse_revision(text)?).await?,
     }
     let entry = cached(engine, call, name).ok_or_else(|| call.not_found(name))?;
-    if call.accept.form == Form::Plain && convert::is_identity(&call.resource) {
+    if call.accept.form == Form::Plain && shown_as_stored(&call.resource, &entry) {
         return Ok(Reply::Json(200, entry.body.clone()));
     }
     reply(engine, call, 200, in_version(&call.resource, &entry))

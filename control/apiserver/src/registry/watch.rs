@@ -8,7 +8,7 @@ use futures::StreamExt;
 use http_body_util::StreamBody;
 use jiff::Timestamp;
 use outrigger_api::table::{self, IncludeObject};
-use outrigger_api::{FieldError, Resource, Status, convert};
+use outrigger_api::{FieldError, Resource, Status};
 use rand::Rng;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
@@ -19,9 +19,9 @@ use crate::cache::{Change, ChangeKind, Entry, ResourceCache, encode, split_key};
 use crate::call::Call;
 use crate::engine::Engine;
 use crate::negotiate::{Encoding, Form};
-use crate::registry::in_version;
 use crate::registry::list::Selectors;
 use crate::registry::read::{include_object, parse_revision, partial};
+use crate::registry::{in_version, shown_as_stored};
 use crate::reply::{self, Reply};
 
 /// Changes taken from the ring at once, and the most bytes put together into one chunk.
@@ -232,7 +232,7 @@ impl Watcher {
     }
 
     fn event(&mut self, kind: &str, entry: &Entry, revision: Option<u64>) {
-        if self.form == Form::Plain && convert::is_identity(&self.resource) && revision.is_none() {
+        if self.form == Form::Plain && shown_as_stored(&self.resource, entry) && revision.is_none() {
             return self.frame(kind, &entry.body.clone());
         }
         let mut object = in_version(&self.resource, entry);
