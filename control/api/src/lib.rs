@@ -21,6 +21,7 @@ pub mod resource;
 pub mod schema;
 pub mod types;
 
+pub mod apply;
 pub mod convert;
 pub mod default;
 pub mod patch;

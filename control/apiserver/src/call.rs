@@ -26,11 +26,43 @@ pub struct Call {
     pub resource: Arc<Resource>,
     pub dry_run: bool,
     pub field_validation: FieldValidation,
+    /// Whom managed fields name for this write.
+    pub manager: String,
     warnings: Mutex<Vec<String>>,
 }
 
+/// Longest name of a field manager.
+const MANAGER_LIMIT: usize = 128;
+
+/// The field manager: as given, else the client's program; clients in this process are known by their user.
+pub fn manager(query: &Query, agent: &str, user: &UserInfo) -> String {
+    let given = query.text("fieldManager");
+    if !given.is_empty() {
+        return given.to_string();
+    }
+    let program = agent.split('/').next().unwrap_or_default();
+    let program: String = program.chars().filter(|letter| !letter.is_control()).take(MANAGER_LIMIT).collect();
+    match user.name.rsplit_once(':') {
+        Some((_, last)) if program.is_empty() => last.to_string(),
+        _ if program.is_empty() => "unknown".to_string(),
+        _ => program,
+    }
+}
+
 impl Call {
-    pub fn new(user: UserInfo, info: RequestInfo, query: Query, accept: Accept, resource: Arc<Resource>) -> Result<Self, Status> {
+    pub fn new(
+        user: UserInfo,
+        info: RequestInfo,
+        query: Query,
+        agent: &str,
+        accept: Accept,
+        resource: Arc<Resource>,
+    ) -> Result<Self, Status> {
+        let manager = manager(&query, agent, &user);
+        if manager.len() > MANAGER_LIMIT {
+            let error = FieldError::too_long("fieldManager", MANAGER_LIMIT);
+            return Err(Status::invalid("meta.k8s.io", options_kind(&info.verb), "", &[error]));
+        }
         let dry_run = parse_dry_run(query.all("dryRun"), &info.verb)?;
         let field_validation = match query.text("fieldValidation") {
             "" | "Warn" => FieldValidation::Warn,
@@ -41,7 +73,7 @@ impl Call {
                 return Err(Status::invalid("meta.k8s.io", options_kind(&info.verb), "", &[error]));
             }
         };
-        Ok(Self { user, info, query, accept, resource, dry_run, field_validation, warnings: Mutex::default() })
+        Ok(Self { user, info, query, accept, resource, dry_run, field_validation, manager, warnings: Mutex::default() })
     }
 
     /// The same caller turned to another object, for the writes that one request causes in other kinds.
@@ -64,6 +96,7 @@ impl Call {
             resource,
             dry_run: self.dry_run,
             field_validation: FieldValidation::Ignore,
+            manager: self.manager.clone(),
             warnings: Mutex::default(),
         }
     }
@@ -88,6 +121,7 @@ impl Call {
             resource,
             dry_run: false,
             field_validation: FieldValidation::Ignore,
+            manager: "kube-apiserver".into(),
             warnings: Mutex::default(),
         }
     }

@@ -203,7 +203,8 @@ impl Engine {
             matches!(info.verb.as_str(), "get" | "list" | "watch" | "create" | "update" | "patch") && !resource.strategy.create_only;
         let streams = matches!(info.subresource.as_str(), "log" | "exec" | "attach" | "portforward" | "proxy");
         let accept = if streams { negotiate::Accept::default() } else { negotiate::accept(request.headers(), forms)? };
-        let call = Call::new(user, info, query, accept, resource)?;
+        let agent = negotiate::header_text(request.headers(), &http::header::USER_AGENT).to_string();
+        let call = Call::new(user, info, query, &agent, accept, resource)?;
         if let Some(warning) = &call.resource.warning {
             call.warn(warning.to_string());
         }

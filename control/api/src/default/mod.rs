@@ -265,6 +265,11 @@ pub fn apply_as(group: &str, version: &str, kind: &str, object: &mut Value) {
     }
 }
 
+/// The constant default of a struct's field, where it has one.
+pub fn constant_of(id: TypeId, field: &str) -> Option<&'static Value> {
+    FACTS.constants[id].iter().find(|constant| constant.field == field).map(|constant| &constant.value)
+}
+
 /// Inserts where the key is missing or null.
 fn put(fields: &mut Fields, key: &str, value: impl Into<Value>) {
     if fields.get(key).is_none_or(Value::is_null) {

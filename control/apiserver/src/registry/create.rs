@@ -11,16 +11,21 @@ use serde_json::Value;
 use crate::admission::{Attributes, Operation};
 use crate::call::Call;
 use crate::engine::Engine;
-use crate::registry::{definition, service, store_key, stored_bytes, write};
+use crate::registry::{definition, managed, service, store_key, stored_bytes, write};
 
 /// How often a generated name is drawn anew when it is taken.
 const NAME_TRIES: usize = 8;
 /// Events live for an hour, as upstream's default.
 const EVENT_TTL: Duration = Duration::from_secs(3600);
 
-/// Stores a new object (decoded, fitted and defaulted) and returns it as stored.
-pub async fn create(engine: &Engine, call: &Call, object: Value) -> Result<Value, Status> {
-    let mut object = object;
+/// Stores a new object (decoded, fitted and defaulted) and returns it as stored. All of it is its creator's.
+pub async fn create(engine: &Engine, call: &Call, mut object: Value) -> Result<Value, Status> {
+    managed::track(engine, call, None, &mut object);
+    insert(engine, call, object).await
+}
+
+/// The same for an object whose managed fields are as they should be.
+pub async fn insert(engine: &Engine, call: &Call, mut object: Value) -> Result<Value, Status> {
     settle_namespace(call, &mut object)?;
     check_new(call, &object)?;
     let generates = meta::name(&object).is_empty() && !meta::generate_name(&object).is_empty();

@@ -4,6 +4,7 @@ pub mod create;
 pub mod definition;
 pub mod delete;
 pub mod list;
+pub mod managed;
 pub mod patch;
 pub mod read;
 pub mod review;

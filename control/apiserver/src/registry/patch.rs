@@ -1,4 +1,4 @@
-//! PATCH: JSON, merge, strategic merge, and apply as a merge that may create.
+//! PATCH: JSON, merge, strategic merge and apply.
 
 use http::HeaderMap;
 use http::header::CONTENT_TYPE;
@@ -9,9 +9,8 @@ use crate::admission::Operation;
 use crate::body::Request;
 use crate::call::Call;
 use crate::engine::Engine;
-use crate::negotiate::{MediaType, decode_json, decode_yaml, header_text};
-use crate::registry::create::create;
-use crate::registry::{check_kind, current, fit, read_body, update};
+use crate::negotiate::{MediaType, decode_json, decode_yaml_strictly, header_text};
+use crate::registry::{check_kind, fit, managed, read_body, update};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PatchType {
@@ -34,67 +33,59 @@ pub struct Patch {
 }
 
 impl Patch {
-    pub fn decode(headers: &HeaderMap, bytes: &[u8], custom: bool) -> Result<Self, Status> {
+    /// Reads a patch of one of the types that the target takes; strategic ones need a built-in kind.
+    pub fn decode(call: &Call, headers: &HeaderMap, bytes: &[u8], strategic: bool) -> Result<Self, Status> {
         let media = MediaType::parse(header_text(headers, &CONTENT_TYPE)).name.to_string();
-        let accepted: Vec<&str> =
-            TYPES.iter().filter(|(_, kind)| !(custom && *kind == PatchType::Strategic)).map(|(name, _)| *name).collect();
-        let kind = TYPES.iter().find(|(name, _)| *name == media).map(|(_, kind)| *kind);
-        let kind = kind
-            .filter(|kind| !(custom && *kind == PatchType::Strategic))
-            .ok_or_else(|| Status::unsupported_media_type(&media, &accepted))?;
-        let body = if kind == PatchType::Apply { decode_yaml(bytes)? } else { decode_json(bytes)? };
+        let accepted = TYPES.iter().filter(|(_, kind)| strategic || *kind != PatchType::Strategic);
+        let names: Vec<&str> = accepted.clone().map(|(name, _)| *name).collect();
+        let found = accepted.clone().find(|(name, _)| *name == media);
+        let kind = found.map(|(_, kind)| *kind).ok_or_else(|| Status::unsupported_media_type(&media, &names))?;
+        check_options(call, kind)?;
+        let body = if kind == PatchType::Apply {
+            let (body, duplicates) = decode_yaml_strictly(bytes)?;
+            managed::report_duplicates(call, &duplicates)?;
+            body
+        } else {
+            decode_json(bytes)?
+        };
         if kind != PatchType::Json && !body.is_object() {
             return Err(Status::bad_request("error decoding patch: the patch is not an object"));
         }
         Ok(Self { kind, body })
     }
 
-    /// The patched object.
-    pub fn apply(&self, call: &Call, current: &Value) -> Result<Value, Status> {
+    /// The current object with the patch on it, fitted as a request's body would be.
+    fn patched(&self, call: &Call, current: &Value) -> Result<Value, Status> {
+        let resource = &call.resource;
         let mut object = current.clone();
         match self.kind {
             PatchType::Json => patch::json(&mut object, &self.body)?,
-            PatchType::Merge => patch::merge(&mut object, &self.body),
-            PatchType::Apply if call.resource.custom.is_some() => patch::merge(&mut object, &self.body),
-            PatchType::Strategic | PatchType::Apply => patch::strategic(&call.resource, &mut object, &self.body)?,
+            PatchType::Merge | PatchType::Apply => patch::merge(&mut object, &self.body),
+            PatchType::Strategic => patch::strategic(resource, &mut object, &self.body)?,
         }
+        check_kind(&mut object, &resource.api_version(), &resource.kind)?;
+        if meta::name(&object) != meta::name(current) {
+            return Err(Status::bad_request(format!(
+                "the name of the object ({}) does not match the name on the URL ({})",
+                meta::name(&object),
+                meta::name(current)
+            )));
+        }
+        fit(call, resource, &mut object)?;
         Ok(object)
     }
 }
 
+/// Patches the object, or the part of it that the subresource is.
 pub async fn handle(engine: &Engine, call: &Call, request: Request) -> Result<(u16, Value), Status> {
     let (parts, body) = request.into_parts();
     let bytes = read_body(body).await?;
-    let patch = Patch::decode(&parts.headers, &bytes, call.resource.custom.is_some())?;
-    check_options(call, patch.kind)?;
-    let name = call.info.name.as_str();
-    if patch.kind == PatchType::Apply && current(engine, call, name).await?.is_none() {
-        let mut object = patch.body;
-        if meta::name(&object).is_empty() {
-            meta::set_name(&mut object, name);
-        }
-        check_kind(&mut object, &call.resource.api_version(), &call.resource.kind)?;
-        fit(call, &call.resource, &mut object)?;
-        return Ok((201, create(engine, call, object).await?));
+    let patch = Patch::decode(call, &parts.headers, &bytes, call.resource.custom.is_none())?;
+    if patch.kind == PatchType::Apply {
+        return managed::apply(engine, call, patch.body).await;
     }
-    let patched = update::change(engine, call, name, Operation::Update, |current| patched(call, &patch, current)).await?;
+    let patched = update::change(engine, call, &call.info.name, Operation::Update, |current| patch.patched(call, current)).await?;
     Ok((200, patched))
-}
-
-/// The current object with the patch on it, fitted as a request's body would be.
-pub fn patched(call: &Call, patch: &Patch, current: &Value) -> Result<Value, Status> {
-    let mut object = patch.apply(call, current)?;
-    let resource = &call.resource;
-    check_kind(&mut object, &resource.api_version(), &resource.kind)?;
-    if meta::name(&object) != meta::name(current) {
-        return Err(Status::bad_request(format!(
-            "the name of the object ({}) does not match the name on the URL ({})",
-            meta::name(&object),
-            meta::name(current)
-        )));
-    }
-    fit(call, resource, &mut object)?;
-    Ok(object)
 }
 
 fn check_options(call: &Call, kind: PatchType) -> Result<(), Status> {

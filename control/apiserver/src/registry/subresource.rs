@@ -13,8 +13,8 @@ use crate::call::Call;
 use crate::engine::Engine;
 use crate::proxy;
 use crate::registry::delete::{DeleteOptions, delete};
-use crate::registry::patch::{Patch, patched};
-use crate::registry::{body_object, cached, check_kind, current, decode_value, in_version, read, read_body, update};
+use crate::registry::patch::{self, Patch, PatchType};
+use crate::registry::{body_object, cached, check_kind, current, decode_value, in_version, managed, read, read_body, update};
 use crate::reply::Reply;
 
 pub async fn dispatch(engine: &Arc<Engine>, call: &Call, request: Request) -> Result<Reply, Status> {
@@ -47,12 +47,7 @@ async fn part(engine: &Arc<Engine>, call: &Call, request: Request) -> Result<Rep
             }
             update::change(engine, call, name, Operation::Update, |_| Ok(object.clone())).await?
         }
-        "patch" => {
-            let (parts, body) = request.into_parts();
-            let bytes = read_body(body).await?;
-            let patch = Patch::decode(&parts.headers, &bytes, call.resource.custom.is_some())?;
-            update::change(engine, call, name, Operation::Update, |current| patched(call, &patch, current)).await?
-        }
+        "patch" => patch::handle(engine, call, request).await?.1,
         _ => return Err(Status::method_not_allowed()),
     };
     read::reply(engine, call, 200, updated)
@@ -84,18 +79,16 @@ async fn scale_of(engine: &Arc<Engine>, call: &Call, request: Request) -> Result
         _ => {
             let (parts, body) = request.into_parts();
             let bytes = read_body(body).await?;
-            let patch = Patch::decode(&parts.headers, &bytes, true).or_else(|status| {
-                // A strategic patch of a Scale has no lists to merge: it is a merge patch.
-                let text = crate::negotiate::header_text(&parts.headers, &http::header::CONTENT_TYPE);
-                if !text.starts_with("application/strategic-merge-patch+json") {
-                    return Err(status);
-                }
-                crate::negotiate::decode_json(&bytes).map(|body| Patch { kind: crate::registry::patch::PatchType::Merge, body })
-            })?;
+            let patch = Patch::decode(call, &parts.headers, &bytes, true)?;
+            if patch.kind == PatchType::Apply {
+                let updated = managed::apply(engine, call, applied_scale(call, patch.body)?).await?.1;
+                return Ok(Reply::Object(200, show(&updated)?));
+            }
             let make = |current: &Value| {
                 let mut wanted = show(current)?;
                 match patch.kind {
-                    crate::registry::patch::PatchType::Json => outrigger_api::patch::json(&mut wanted, &patch.body)?,
+                    PatchType::Json => outrigger_api::patch::json(&mut wanted, &patch.body)?,
+                    // A strategic patch of a Scale has no lists to merge: it is a merge patch.
                     _ => outrigger_api::patch::merge(&mut wanted, &patch.body),
                 }
                 scaled(call, current, &wanted)
@@ -104,6 +97,17 @@ async fn scale_of(engine: &Arc<Engine>, call: &Call, request: Request) -> Result
             Ok(Reply::Object(200, show(&updated)?))
         }
     }
+}
+
+/// An applied Scale as a configuration of the object that it scales.
+fn applied_scale(call: &Call, mut wanted: Value) -> Result<Value, Status> {
+    check_kind(&mut wanted, "autoscaling/v1", "Scale")?;
+    check_scale_name(&call.info.name, &wanted)?;
+    let mut config = json!({"apiVersion": call.resource.api_version(), "kind": call.resource.kind, "metadata": {}});
+    if !meta::get(&wanted, "spec.replicas").is_null() {
+        scale::write(&call.resource, &mut config, &wanted)?;
+    }
+    Ok(config)
 }
 
 fn check_scale_name(name: &str, wanted: &Value) -> Result<(), Status> {
@@ -144,7 +148,7 @@ pub async fn bind(engine: &Engine, call: &Call, pod: &str, binding: &Value) -> R
     let mut inner = call.derived(pods, "patch", call.namespace(), pod);
     inner.info.subresource = "binding".into();
     let uid = meta::uid(binding).to_string();
-    update::change(engine, &inner, pod, Operation::Update, |current| {
+    update::change_as_made(engine, &inner, pod, Operation::Update, |current| {
         let conflict = |why: &str| Err(Status::conflict("", "pods/binding", pod, why));
         if !uid.is_empty() && uid != meta::uid(current) {
             return conflict(&format!("Precondition failed: UID in precondition: {uid}, UID in object meta: {}", meta::uid(current)));

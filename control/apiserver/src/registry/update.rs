@@ -9,7 +9,7 @@ use crate::admission::{Attributes, Operation};
 use crate::call::Call;
 use crate::engine::Engine;
 use crate::registry::create::{create, settle_namespace, time_to_live};
-use crate::registry::{cached, current, definition, in_version, service, store_key, stored_bytes, write};
+use crate::registry::{cached, current, definition, in_version, managed, service, store_key, stored_bytes, write};
 
 /// How often a write that lost a race is tried again from the newer object.
 const TRIES: usize = 20;
@@ -27,13 +27,7 @@ pub async fn replace(engine: &Engine, call: &Call, mut object: Value) -> Result<
         if !call.resource.strategy.create_on_update {
             return Err(call.not_found(name));
         }
-        let may = outrigger_access::Attributes {
-            namespace: call.namespace(),
-            name,
-            api_version: &call.info.version,
-            ..outrigger_access::Attributes::resource(&call.user, "create", &call.info.group, &call.info.resource)
-        };
-        engine.permit(&may)?;
+        permit_create(engine, call)?;
         meta::remove(&mut object, "metadata.resourceVersion");
         return Ok((create(engine, call, object).await?, true));
     }
@@ -41,7 +35,17 @@ pub async fn replace(engine: &Engine, call: &Call, mut object: Value) -> Result<
     Ok((updated, false))
 }
 
-fn settle_name(object: &mut Value, name: &str) -> Result<(), Status> {
+/// Writes that create what isn't there need the permission to create as well.
+pub fn permit_create(engine: &Engine, call: &Call) -> Result<(), Status> {
+    engine.permit(&outrigger_access::Attributes {
+        namespace: call.namespace(),
+        name: &call.info.name,
+        api_version: &call.info.version,
+        ..outrigger_access::Attributes::resource(&call.user, "create", &call.info.group, &call.info.resource)
+    })
+}
+
+pub fn settle_name(object: &mut Value, name: &str) -> Result<(), Status> {
     let said = meta::name(object).to_string();
     if said.is_empty() {
         meta::set_name(object, name);
@@ -52,7 +56,21 @@ fn settle_name(object: &mut Value, name: &str) -> Result<(), Status> {
 }
 
 /// Changes a stored object: `make` gives the new object from the current one (both in the call's version); lost races are run again.
+/// What changes becomes the caller's.
 pub async fn change<F>(engine: &Engine, call: &Call, name: &str, operation: Operation, mut make: F) -> Result<Value, Status>
+where
+    F: FnMut(&Value) -> Result<Value, Status>,
+{
+    let tracked = |old: &Value| {
+        let mut new = make(old)?;
+        managed::track(engine, call, Some(old), &mut new);
+        Ok(new)
+    };
+    change_as_made(engine, call, name, operation, tracked).await
+}
+
+/// The same for changes whose managed fields are as they should be.
+pub async fn change_as_made<F>(engine: &Engine, call: &Call, name: &str, operation: Operation, mut make: F) -> Result<Value, Status>
 where
     F: FnMut(&Value) -> Result<Value, Status>,
 {
@@ -138,6 +156,7 @@ async fn step(
     let allocated = service::on_update(engine, call, &mut new, &old)?;
     engine.admission.validate(engine, &attributes, Some(&new)).await?;
     meta::set_resource_version(&mut new, meta::resource_version(&old));
+    outrigger_api::apply::keep_times(&mut new, &old);
     if call.dry_run {
         return Ok(Step::Done(new));
     }
