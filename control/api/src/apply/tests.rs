@@ -1,3 +1,5 @@
+//! Ownership, conflicts and pruning, of a built-in kind and of a custom one.
+
 use jiff::Timestamp;
 use serde_json::{Value, json};
 

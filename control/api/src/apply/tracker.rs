@@ -93,7 +93,7 @@ impl Tracker<'_> {
         let (mut object, entries) = match applied {
             Err(conflicts) if self.manager == "kubectl" => {
                 // What client-side apply left as it is now belongs to kubectl, whoever the entries name.
-                let own = self.from_last_applied(&live_object);
+                let own = self.last_applied_fields(&live_object);
                 let foreign: Vec<Conflict> = conflicts.into_iter().filter(|conflict| !own.has(&conflict.path)).collect();
                 if !foreign.is_empty() {
                     return Err(managers::refusal(foreign));
@@ -245,7 +245,7 @@ impl Tracker<'_> {
     }
 
     /// The fields of the last client-side applied configuration that are still as it said.
-    fn from_last_applied(&self, live: &Value) -> FieldSet {
+    fn last_applied_fields(&self, live: &Value) -> FieldSet {
         let text = meta::annotation(live, LAST_APPLIED).unwrap_or_default();
         let Ok(config) = serde_json::from_str::<Value>(text) else { return FieldSet::default() };
         if meta::api_version(&config) != self.resource.api_version() {
