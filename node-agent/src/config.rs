@@ -2,27 +2,46 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser};
-use ipnet::IpNet;
-use outrigger_dataplane::ModeChoice;
+
+use crate::local::{self, Socket};
+use crate::proxy::flags::ProxyFlags;
+use crate::roles::Role;
 
 #[derive(Parser)]
 #[command(name = "outrigger-node", version, about = "Outrigger's node agent: kubelet, Service proxy, pod network and DNS")]
 pub enum Command {
-    /// Runs this machine as a node of a cluster
-    Run(Run),
+    /// Runs this machine as a node of a cluster, or a part of that
+    Run(Box<Run>),
+    /// Tells how each part of the running agent is
+    Status(Socket),
+    /// Lists the Services that the running agent serves, with their backends and counters
+    Services(local::Services),
+    /// Tells where a packet would go and why, and whether the kernel agrees
+    Trace(local::Trace),
+    /// Shows connections through Services as they come and go
+    Monitor(local::Monitor),
+    /// Switches how the running agent carries Services, while traffic flows
+    Mode(local::Mode),
 }
 
 #[derive(Args)]
 pub struct Run {
-    /// How to reach the API server, and as whom
+    /// Which parts to run; the others are somebody else's
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["kubelet", "proxy", "network", "dns"])]
+    pub roles: Vec<Role>,
+    /// How to reach the API server, and as whom; the pod's own service account when not given
     #[arg(long)]
-    pub kubeconfig: PathBuf,
-    /// The Node object's name
+    pub kubeconfig: Option<PathBuf>,
+    /// The API server's address, instead of what the kubeconfig says
     #[arg(long)]
-    pub node_name: String,
+    pub master: Option<String>,
+    /// The Node object's name; this host's name when not given
+    #[arg(long, alias = "hostname-override")]
+    pub node_name: Option<String>,
     /// The node's address, one per family
-    #[arg(long, required = true, value_delimiter = ',')]
+    #[arg(long, value_delimiter = ',')]
     pub node_ip: Vec<IpAddr>,
     /// Where pods' volumes and logs, addresses and certificates are kept
     #[arg(long, default_value = "/var/lib/outrigger")]
@@ -42,15 +61,6 @@ pub struct Run {
     pub cluster_dns: Vec<IpAddr>,
     #[arg(long, default_value = "cluster.local")]
     pub cluster_domain: String,
-    /// The ranges of all pods
-    #[arg(long, value_delimiter = ',')]
-    pub cluster_cidr: Vec<IpNet>,
-    /// How Services are carried: auto, ebpf, nftables or userspace
-    #[arg(long, default_value = "auto")]
-    pub proxy_mode: ModeChoice,
-    /// Where NodePorts answer; on all of the node's addresses when not given
-    #[arg(long, value_delimiter = ',')]
-    pub nodeport_addresses: Vec<IpNet>,
     /// A folder of manifests that run without the API server
     #[arg(long)]
     pub pod_manifest_path: Option<PathBuf>,
@@ -61,4 +71,28 @@ pub struct Run {
     pub resolv_conf: PathBuf,
     #[arg(long, default_value_t = 110)]
     pub max_pods: u32,
+    #[command(flatten)]
+    pub proxy: ProxyFlags,
+}
+
+impl Run {
+    /// The kubelet and the pod network are told the node's addresses; a proxy alone finds them on the Node.
+    pub fn check(&self) -> Result<()> {
+        let needy = self.roles.iter().find(|role| matches!(role, Role::Kubelet | Role::Network));
+        if let Some(role) = needy {
+            ensure!(!self.node_ip.is_empty(), "the role {} needs --node-ip", role.name());
+        }
+        Ok(())
+    }
+
+    /// As kube-proxy and kubelet have it: what is asked for, else the host's name, in lower case.
+    pub fn node_name(&self, overridden: Option<&str>) -> Result<String> {
+        let name = match self.node_name.as_deref().or(overridden) {
+            Some(name) => name.to_owned(),
+            None => std::fs::read_to_string("/proc/sys/kernel/hostname").context("read this host's name")?,
+        };
+        let name = name.trim().to_lowercase();
+        ensure!(!name.is_empty(), "empty hostname is invalid: give --hostname-override");
+        Ok(name)
+    }
 }

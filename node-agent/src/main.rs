@@ -1,7 +1,9 @@
 //! `outrigger-node`: everything that a node needs beside its container runtime, in one process.
 mod app;
 mod config;
-mod services;
+mod local;
+mod proxy;
+mod roles;
 
 use std::path::Path;
 
@@ -14,7 +16,14 @@ fn main() -> Result<()> {
     if outrigger_network::cni::is_plugin(Path::new(&called_as)) {
         std::process::exit(outrigger_network::cni_main());
     }
-    let config::Command::Run(options) = config::Command::parse();
+    let options = match config::Command::parse() {
+        config::Command::Run(options) => options,
+        config::Command::Status(socket) => return local::status(&socket),
+        config::Command::Mode(options) => return local::mode(&options),
+        config::Command::Services(options) => return local::services(&options),
+        config::Command::Trace(options) => return local::trace(&options),
+        config::Command::Monitor(options) => return local::monitor(&options),
+    };
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()))
         .with_writer(std::io::stderr)
@@ -23,5 +32,5 @@ fn main() -> Result<()> {
     // Only one provider is built in; a second installation can't happen this early.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().thread_name("agent").build()?;
-    runtime.block_on(app::run(options))
+    runtime.block_on(app::run(*options))
 }

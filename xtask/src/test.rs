@@ -5,6 +5,7 @@ use anyhow::{Result, bail};
 
 use crate::cluster::Cluster;
 use crate::progress::step;
+use crate::tools::Upstream;
 use crate::{build_ebpf, down, paths, tidy, tools, up};
 
 const LAB: &str = "e2e";
@@ -33,6 +34,7 @@ pub fn run(options: &Options) -> Result<()> {
         tools::show(cargo().args(["test", "--workspace", "--exclude", "outrigger-e2e", "--no-fail-fast"]))?;
     }
     if !options.no_e2e {
+        alone()?;
         for (index, mode) in options.modes.iter().enumerate() {
             // What does not depend on the mode runs in the first one. In userspace mode the agent itself carries the
             // connections, so they can't outlive it: there the crash test has nothing to show.
@@ -45,6 +47,17 @@ pub fn run(options: &Options) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The Service proxy by itself, against upstream's own API server.
+fn alone() -> Result<()> {
+    println!("the Service proxy alone, against kube-apiserver {}", tools::UPSTREAM);
+    let upstream = [Upstream::KubeApiserver, Upstream::Etcd, Upstream::Kubectl].map(Upstream::get);
+    let programs = upstream.into_iter().collect::<Result<Vec<_>>>()?;
+    tools::run(cargo().args(["build", "--package", "outrigger-node", "--package", "outrigger-scenarios"]))?;
+    let mut command = cargo();
+    command.args(["test", "--package", "outrigger-e2e", "--test", "alone"]).env("OUTRIGGER_BIN", paths::target().join("debug"));
+    tools::show(command.env("OUTRIGGER_UPSTREAM", programs[0].parent().unwrap_or(&programs[0])))
 }
 
 fn end_to_end(mode: &str, tests: &[&str]) -> Result<()> {

@@ -69,6 +69,9 @@ pub enum Upstream {
     Agnhost,
     E2eTest,
     Ginkgo,
+    KubeApiserver,
+    KubeProxy,
+    Etcd,
 }
 
 impl Upstream {
@@ -78,6 +81,9 @@ impl Upstream {
             Self::Agnhost => "agnhost",
             Self::E2eTest => "e2e.test",
             Self::Ginkgo => "ginkgo",
+            Self::KubeApiserver => "kube-apiserver",
+            Self::KubeProxy => "kube-proxy",
+            Self::Etcd => "etcd",
         }
     }
 
@@ -87,6 +93,9 @@ impl Upstream {
             Self::Agnhost => "k8s.io/kubernetes/test/images/agnhost",
             Self::E2eTest => "k8s.io/kubernetes/test/e2e",
             Self::Ginkgo => "github.com/onsi/ginkgo/v2/ginkgo",
+            Self::KubeApiserver => "k8s.io/kubernetes/cmd/kube-apiserver",
+            Self::KubeProxy => "k8s.io/kubernetes/cmd/kube-proxy",
+            Self::Etcd => "go.etcd.io/etcd/server/v3",
         }
     }
 

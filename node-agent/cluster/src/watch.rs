@@ -23,17 +23,36 @@ pub struct Watch {
     pub nodes: Mirror<Node>,
 }
 
+/// How much of the cluster the agent's parts look at.
+#[derive(Clone, Copy, Debug)]
+pub struct Extent {
+    /// This node's pods; else none.
+    pub pods: bool,
+    /// All nodes; else only this one.
+    pub all_nodes: bool,
+    /// All Services and their endpoints; else only those that a Service proxy serves.
+    pub all_services: bool,
+}
+
+/// What kube-proxy leaves out: Services that somebody else serves, and headless ones.
+const SERVED: &str = "!service.kubernetes.io/service-proxy-name,!service.kubernetes.io/headless";
+
 impl Watch {
     /// Starts a watch per kind; they run until the returned tasks are aborted.
-    pub fn start(client: &Client, node_name: &str) -> (Self, Vec<JoinHandle<()>>) {
+    pub fn start(client: &Client, node_name: &str, extent: Extent) -> (Self, Vec<JoinHandle<()>>) {
         let watch = Self::default();
-        let pods = watcher::Config::default().fields(&format!("spec.nodeName={node_name}"));
-        let tasks = vec![
-            tokio::spawn(follow(Api::all(client.clone()), pods, watch.pods.clone())),
-            tokio::spawn(follow(Api::all(client.clone()), watcher::Config::default(), watch.services.clone())),
-            tokio::spawn(follow(Api::all(client.clone()), watcher::Config::default(), watch.endpoint_slices.clone())),
-            tokio::spawn(follow(Api::all(client.clone()), watcher::Config::default(), watch.nodes.clone())),
+        let all = watcher::Config::default;
+        let nodes = if extent.all_nodes { all() } else { all().fields(&format!("metadata.name={node_name}")) };
+        let services = || if extent.all_services { all() } else { all().labels(SERVED) };
+        let mut tasks = vec![
+            tokio::spawn(follow(Api::all(client.clone()), services(), watch.services.clone())),
+            tokio::spawn(follow(Api::all(client.clone()), services(), watch.endpoint_slices.clone())),
+            tokio::spawn(follow(Api::all(client.clone()), nodes, watch.nodes.clone())),
         ];
+        if extent.pods {
+            let own = all().fields(&format!("spec.nodeName={node_name}"));
+            tasks.push(tokio::spawn(follow(Api::all(client.clone()), own, watch.pods.clone())));
+        }
         (watch, tasks)
     }
 }

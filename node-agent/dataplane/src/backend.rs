@@ -1,9 +1,10 @@
 //! What a way of carrying Service traffic has to do, however it does it.
 use std::future::Future;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::time::Duration;
 
-use outrigger_desired::{Delta, Table};
+use outrigger_desired::{Delta, Frontend, ServicePortName, Table};
 
 use crate::config::Mode;
 
@@ -53,6 +54,24 @@ pub struct Applied {
     pub ended: usize,
 }
 
+/// What was counted for one Service port since the kernel first knew it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    pub connections: u64,
+    /// New connections refused or dropped for want of a backend.
+    pub refused: u64,
+}
+
+/// A connection or flow that lives through a Service.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Live {
+    pub protocol: u8,
+    /// Unknown where only the agent's own socket could tell.
+    pub source: Option<SocketAddr>,
+    pub frontend: SocketAddr,
+    pub backend: SocketAddr,
+}
+
 /// How a backend leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Parting {
@@ -79,6 +98,17 @@ pub trait Backend: Send {
     fn tidy(&mut self) -> Pending<'_, Option<Duration>> {
         Box::pin(async { None })
     }
+
+    /// Where a new connection to the frontend may be led, read back from where it will be decided; `None` when nothing is known of
+    /// it there. `outside` says whether the client is neither this node nor a pod.
+    fn lookup(&self, frontend: &Frontend, outside: bool) -> Result<Option<Vec<SocketAddr>>>;
+
+    /// Service ports that something was counted for; none where nothing counts.
+    fn counted(&self) -> Result<Vec<(ServicePortName, Counted)>> {
+        Ok(Vec::new())
+    }
+
+    fn live(&self, table: &Table) -> Result<Vec<Live>>;
 
     fn teardown(&mut self, parting: Parting) -> Pending<'_, Result<()>>;
 }

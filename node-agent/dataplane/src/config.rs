@@ -3,8 +3,10 @@ use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use ipnet::IpNet;
+use outrigger_desired::trace::Surroundings;
 
 /// How Service traffic is carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -64,7 +66,25 @@ impl fmt::Display for ModeChoice {
     }
 }
 
-#[derive(Clone, Debug)]
+/// Where pods' traffic comes in, for those who know it by interface and not by address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PodInterfaces {
+    /// All pods hang on this bridge.
+    Bridge(String),
+    /// Each pod has an interface whose name begins so.
+    Prefix(String),
+}
+
+impl PodInterfaces {
+    pub fn has(&self, interface: &str) -> bool {
+        match self {
+            Self::Bridge(name) => interface == name,
+            Self::Prefix(prefix) => interface.starts_with(prefix),
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default)]
 pub struct Config {
     pub mode: ModeChoice,
     pub node_name: String,
@@ -74,10 +94,33 @@ pub struct Config {
     pub nodeport_addresses: Vec<IpNet>,
     /// The pods' ranges; traffic from elsewhere to a ClusterIP is masqueraded. Empty when unknown.
     pub cluster_cidrs: Vec<IpNet>,
+    /// How else pods' traffic is known.
+    pub pod_interfaces: Option<PodInterfaces>,
+    /// Everybody's traffic to a ClusterIP is masqueraded, where translation happens on the way (eBPF's sockets speak to the
+    /// backend themselves, so there is nothing to come back through).
+    pub masquerade_all: bool,
+    /// The least time between two applies; with zero each change goes at once.
+    pub min_sync_period: Duration,
     /// The cgroup2 folder that everything of this node lives under: where eBPF programs attach.
     pub cgroup2_path: PathBuf,
     /// Where eBPF maps and links are pinned: one folder per node.
     pub pin_dir: PathBuf,
     /// Names things in shared places of the kernel that are one per node; follows the data directory.
     pub instance: String,
+}
+
+impl Config {
+    /// What the tracer has to know of the node that this process is on.
+    pub fn surroundings(&self) -> Surroundings {
+        let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
+        let ip = |address: nix::sys::socket::SockaddrStorage| {
+            let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+            v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
+        };
+        Surroundings {
+            node_ips: interfaces.filter_map(|interface| ip(interface.address?)).collect(),
+            nodeport_addresses: self.nodeport_addresses.clone(),
+            cluster_cidrs: self.cluster_cidrs.clone(),
+        }
+    }
 }

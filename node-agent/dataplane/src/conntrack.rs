@@ -4,11 +4,12 @@
 //! long as its client keeps talking. With its entry gone a flow is translated anew, and a TCP client is told by a reset.
 use std::collections::HashSet;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use netlink_sys::constants::NETLINK_NETFILTER;
 use outrigger_desired::{Address, Delta, Entry, Family, Frontend, Protocol, Table};
 
+use crate::backend::Live;
 use crate::netlink::{self, Attributes, Builder, Connection};
 
 const CT_GET: u16 = (1 << 8) | 1;
@@ -69,6 +70,35 @@ pub fn sweep(table: &Table, delta: &Delta) -> io::Result<usize> {
         }
     }
     Ok(ended)
+}
+
+/// The translated connections that go through frontends of the table.
+pub fn live(table: &Table) -> io::Result<Vec<Live>> {
+    let connection = Connection::open(NETLINK_NETFILTER)?;
+    let mut all = Vec::new();
+    for family in Family::ALL {
+        all.extend(dump(&connection, family)?.iter().filter(|tracked| is_served(table, tracked)).map(|tracked| Live {
+            protocol: tracked.original.protocol,
+            source: Some(SocketAddr::new(tracked.original.source, tracked.original.source_port)),
+            frontend: SocketAddr::new(tracked.original.destination, tracked.original.destination_port),
+            backend: SocketAddr::new(tracked.reply.source, tracked.reply.source_port),
+        }));
+    }
+    Ok(all)
+}
+
+fn is_served(table: &Table, tracked: &Tracked) -> bool {
+    let protocol = match tracked.original.protocol {
+        6 => Protocol::Tcp,
+        17 => Protocol::Udp,
+        132 => Protocol::Sctp,
+        _ => return false,
+    };
+    let at = |address| table.get(&Frontend { address, port: tracked.original.destination_port, protocol });
+    let entry = at(Address::Ip(tracked.original.destination)).or_else(|| at(Address::Node(Family::of(tracked.original.destination))));
+    entry.is_some_and(|entry| {
+        entry.alive().any(|endpoint| endpoint.ip == tracked.reply.source && endpoint.port == tracked.reply.source_port)
+    })
 }
 
 fn is_stale(table: &Table, scope: &Scope, tracked: &Tracked) -> bool {

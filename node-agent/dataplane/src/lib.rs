@@ -3,13 +3,14 @@ pub mod backend;
 pub mod config;
 pub mod conntrack;
 pub mod ebpf;
+pub mod metrics;
 mod netlink;
 pub mod nftables;
 pub mod probe;
 pub mod proxy;
 pub mod userspace;
 
-pub use backend::{Applied, Backend, BackendError, Parting, Pending, Restored};
-pub use config::{Config, Mode, ModeChoice};
+pub use backend::{Applied, Backend, BackendError, Counted, Live, Parting, Pending, Restored};
+pub use config::{Config, Mode, ModeChoice, PodInterfaces};
 pub use probe::Choice;
-pub use proxy::{Proxy, ProxyHandle};
+pub use proxy::{Health, Proxy, ProxyHandle, View};

@@ -42,6 +42,16 @@ fn missing(config: &Config, mode: Mode) -> Option<String> {
     }
 }
 
+/// Other modes than the one in use that a former agent has left in the kernel, where they still lead traffic.
+pub fn left(config: &Config, in_use: Mode) -> impl Iterator<Item = Mode> {
+    let is_left = |mode: &Mode| match mode {
+        Mode::Ebpf => ebpf::is_left(config),
+        Mode::Nftables => nftables::is_left(),
+        Mode::Userspace => userspace::is_left(),
+    };
+    Mode::ALL.into_iter().filter(move |mode| *mode != in_use).filter(is_left)
+}
+
 pub fn open(config: &Config, mode: Mode) -> Result<Box<dyn Backend>> {
     match mode {
         Mode::Ebpf => ebpf::open(config),

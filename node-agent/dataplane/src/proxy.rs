@@ -1,12 +1,13 @@
 //! The loop: watched changes in, the kernel brought up to date, one backend at a time, switchable while traffic flows.
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use outrigger_desired::{Change, Delta, State, Table, Touched, Watched};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::backend::{Applied, Backend, Parting, Result};
 use crate::config::{Config, Mode, ModeChoice};
+use crate::metrics::Metrics;
 use crate::probe::{self, Choice};
 
 /// The longest pause between attempts after a failed apply.
@@ -22,25 +23,25 @@ pub struct Health {
     pub applies: u64,
     /// The last failure, until an apply succeeds.
     pub error: Option<String>,
+    /// When the oldest change came that the kernel doesn't have yet.
+    pub pending_since: Option<SystemTime>,
+    /// When the kernel was last brought up to date.
+    pub updated: Option<SystemTime>,
 }
 
-/// Counters since start.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Metrics {
-    pub applies: u64,
-    pub failures: u64,
-    pub frontends: usize,
-    pub upserted: u64,
-    pub removed: u64,
-    pub ended: u64,
-    pub switches: u64,
-    /// The last apply, from the first of its changes being received to the kernel having it.
-    pub last_apply: Duration,
+/// What a question gets to see of a running proxy.
+pub struct View<'a> {
+    pub config: &'a Config,
+    pub table: &'a Table,
+    pub backend: &'a dyn Backend,
 }
+
+type Question = Box<dyn FnOnce(&View<'_>) + Send>;
 
 enum Command {
     SetMode(ModeChoice, oneshot::Sender<Result<Choice>>),
     Settle(oneshot::Sender<Health>),
+    Ask(Question),
     Stop(Parting, oneshot::Sender<Result<()>>),
 }
 
@@ -68,6 +69,10 @@ pub struct Proxy {
     /// The kernel's content isn't what `table` says: the next delta is full.
     unknown: bool,
     retry: Duration,
+    /// What former agents left in other modes has been looked for.
+    alone: bool,
+    /// When the last apply ended; see `Config::min_sync_period`.
+    last_sync: Option<Instant>,
     choice: watch::Sender<Choice>,
     health: watch::Sender<Health>,
     shared: Arc<Shared>,
@@ -118,6 +123,8 @@ impl Proxy {
             awaited: Awaited { services: true, slices: true, node: true, pods: true },
             unknown: true,
             retry: FIRST_RETRY,
+            alone: false,
+            last_sync: None,
             choice: watch::Sender::new(choice),
             health: watch::Sender::new(Health::default()),
             shared: shared.clone(),
@@ -157,6 +164,9 @@ impl Proxy {
                         wake_at = self.sync(since).await;
                         let _ = reply.send(self.health.borrow().clone());
                     }
+                    Some(Command::Ask(question)) => {
+                        question(&View { config: &self.config, table: &self.table, backend: &*self.backend });
+                    }
                 },
                 change = changes.recv(), if watching => match change {
                     Some(change) => {
@@ -171,9 +181,7 @@ impl Proxy {
                     // The watches are over (the agent is stopping); traffic is carried on by what is in the kernel.
                     None => watching = false,
                 },
-                () = wake => {
-                    wake_at = if self.unknown { self.sync(Instant::now()).await } else { self.tidy().await };
-                }
+                () = wake => wake_at = self.sync(Instant::now()).await,
             }
         }
     }
@@ -181,13 +189,25 @@ impl Proxy {
     fn take(&mut self, change: &Change) {
         self.awaited.arrived(change);
         let touched = self.state.apply(change);
+        if touched.is_empty() {
+            return;
+        }
         self.touched.merge(touched);
+        self.metrics(|metrics| metrics.received(change));
+        if self.health.borrow().pending_since.is_none() {
+            self.health.send_modify(|health| health.pending_since = Some(SystemTime::now()));
+        }
     }
 
     /// Brings the kernel up to date; says when to come back.
     async fn sync(&mut self, since: Instant) -> Option<Instant> {
         if self.awaited.any() || (self.touched.is_empty() && !self.unknown) {
             return self.tidy().await;
+        }
+        if let Some(earliest) = self.last_sync.map(|last| last + self.config.min_sync_period)
+            && earliest > Instant::now()
+        {
+            return Some(earliest);
         }
         let touched = std::mem::take(&mut self.touched);
         let mut delta = self.table.update(&self.state, &touched);
@@ -196,6 +216,8 @@ impl Proxy {
             delta = Delta { gone, ..Delta::full(&self.table) };
         }
         if delta.is_empty() {
+            self.metrics(Metrics::settled);
+            self.updated();
             return self.tidy().await;
         }
         self.apply(&delta, since).await
@@ -206,7 +228,9 @@ impl Proxy {
             Ok(applied) => {
                 self.unknown = false;
                 self.retry = FIRST_RETRY;
-                self.report(&applied, since.elapsed());
+                self.last_sync = Some(Instant::now());
+                self.report(delta, &applied, since.elapsed());
+                self.retire_former().await;
                 self.tidy().await
             }
             Err(error) => {
@@ -221,24 +245,46 @@ impl Proxy {
         }
     }
 
-    fn report(&self, applied: &Applied, took: Duration) {
+    fn report(&self, delta: &Delta, applied: &Applied, took: Duration) {
         tracing::debug!(
             mode = %self.backend.mode(), upserted = applied.upserted, removed = applied.removed, ended = applied.ended,
             frontends = self.table.len(), ?took, "Service rules applied"
         );
-        self.metrics(|metrics| {
-            metrics.applies += 1;
-            metrics.upserted += applied.upserted as u64;
-            metrics.removed += applied.removed as u64;
-            metrics.ended += applied.ended as u64;
-            metrics.frontends = self.table.len();
-            metrics.last_apply = took;
-        });
+        let table = &self.table;
+        self.metrics(|metrics| metrics.applied(table, delta, applied, took));
         self.health.send_modify(|health| {
             health.synced = true;
             health.applies += 1;
             health.error = None;
         });
+        self.updated();
+    }
+
+    fn updated(&self) {
+        self.health.send_modify(|health| {
+            health.pending_since = None;
+            health.updated = Some(SystemTime::now());
+        });
+    }
+
+    /// An agent that ran in another mode has left that mode in the kernel: once this one carries everything, it has to let go of
+    /// new connections, as in a switch.
+    async fn retire_former(&mut self) {
+        if std::mem::replace(&mut self.alone, true) {
+            return;
+        }
+        let former: Vec<Mode> = probe::left(&self.config, self.backend.mode()).collect();
+        for mode in former {
+            let retired = async {
+                let mut backend = probe::open(&self.config, mode)?;
+                backend.restore().await?;
+                backend.teardown(Parting::Handover).await
+            };
+            match retired.await {
+                Ok(()) => tracing::info!(%mode, "a former agent's mode has been handed over"),
+                Err(error) => tracing::warn!(%mode, %error, "a former agent's mode is still in the kernel"),
+            }
+        }
     }
 
     async fn tidy(&mut self) -> Option<Instant> {
@@ -289,7 +335,18 @@ impl ProxyHandle {
     }
 
     pub fn metrics(&self) -> Metrics {
-        *self.shared.metrics.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.shared.metrics.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    /// Has the loop answer a question about what it holds, between two of its steps; `None` when it has stopped.
+    pub async fn ask<T: Send + 'static>(&self, question: impl FnOnce(&View<'_>) -> T + Send + 'static) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        let question: Question = Box::new(move |view| {
+            // Who asked may have gone away.
+            let _ = reply.send(question(view));
+        });
+        self.commands.send(Command::Ask(question)).await.ok()?;
+        answer.await.ok()
     }
 
     /// Resolves once the kernel carries what was listed first.

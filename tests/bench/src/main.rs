@@ -1,14 +1,21 @@
-//! The benches' own traffic: a server, and a client that counts requests over new connections or over one.
-use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::time::{Duration, Instant};
+//! The benches: `cargo xtask bench` builds this program and everything that it measures, and runs it.
+mod api;
+mod bed;
+mod contender;
+mod dataplane;
+mod endure;
+mod load;
+mod program;
+mod report;
+mod rounds;
 
-use anyhow::{Context, Result, ensure};
+use std::net::IpAddr;
+
+use anyhow::Result;
 use clap::{Parser, Subcommand};
-use serde_json::json;
 
 #[derive(Parser)]
-#[command(name = "outrigger-bench", about = "Server and client of `cargo xtask bench`")]
+#[command(name = "outrigger-bench", about = "Server, clients and course of `cargo xtask bench`")]
 struct Cli {
     #[command(subcommand)]
     role: Role,
@@ -18,93 +25,33 @@ struct Cli {
 enum Role {
     /// Answer every byte with a byte
     Serve {
-        #[arg(long, default_value = "0.0.0.0:7000")]
-        listen: SocketAddr,
+        #[arg(long, default_value = "0.0.0.0")]
+        address: IpAddr,
     },
-    /// Connect, ask, get the answer, close; over and over
-    ConnectRequestResponse(Load),
+    /// Connect, ask, get the answer, see the end; over and over
+    ConnectRequestResponse(load::Load),
     /// Ask and get the answer over one connection, over and over
-    RequestResponse(Load),
-}
-
-#[derive(clap::Args)]
-struct Load {
-    #[arg(long)]
-    to: SocketAddr,
-    #[arg(long, default_value_t = 3)]
-    seconds: u64,
+    RequestResponse(load::Load),
+    /// Keep connections busy until the input ends, and count those that were lost
+    Hold(load::Hold),
+    /// Ask over one connection until it ends, and say how long the last request waited
+    UntilFreed(load::Wait),
+    /// Bring Services to this namespace's kernel, and say how long it took
+    Program(program::Program),
+    /// Measure the Service path against kube-proxy
+    Dataplane(dataplane::Dataplane),
 }
 
 fn main() -> Result<()> {
+    // Only one provider is built in; a second installation can't happen this early.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     match Cli::parse().role {
-        Role::Serve { listen } => serve(listen),
-        Role::ConnectRequestResponse(load) => measure(&load, || last_exchange(&mut connect(load.to)?)),
-        Role::RequestResponse(load) => {
-            let mut stream = connect(load.to)?;
-            measure(&load, move || exchange(&mut stream, b'x'))
-        }
+        Role::Serve { address } => load::serve(address),
+        Role::ConnectRequestResponse(load) => load::connect_request_response(&load),
+        Role::RequestResponse(load) => load::request_response(&load),
+        Role::Hold(hold) => load::hold(&hold),
+        Role::UntilFreed(wait) => load::until_freed(&wait),
+        Role::Program(program) => program::run(&program),
+        Role::Dataplane(options) => dataplane::run(&options),
     }
-}
-
-fn serve(listen: SocketAddr) -> Result<()> {
-    let listener = TcpListener::bind(listen).with_context(|| format!("listen on {listen}"))?;
-    for stream in listener.incoming() {
-        let Ok(mut stream) = stream else { continue };
-        std::thread::spawn(move || -> std::io::Result<()> {
-            stream.set_nodelay(true)?;
-            let mut byte = [0];
-            while stream.read(&mut byte)? == 1 {
-                stream.write_all(&byte)?;
-                if byte[0] == LAST {
-                    break;
-                }
-            }
-            Ok(())
-        });
-    }
-    Ok(())
-}
-
-fn connect(to: SocketAddr) -> Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&to, Duration::from_secs(5)).with_context(|| format!("connect to {to}"))?;
-    stream.set_nodelay(true)?;
-    Ok(stream)
-}
-
-/// The request after which the server closes. It closes first so that TIME_WAIT stays with it: kept by the client, the waiting
-/// ports of one measurement would be missing in the next one that goes to the same address, which is every one by eBPF.
-const LAST: u8 = b'l';
-
-fn last_exchange(stream: &mut TcpStream) -> Result<()> {
-    exchange(stream, LAST)?;
-    ensure!(stream.read(&mut [0])? == 0, "more than one answer");
-    Ok(())
-}
-
-fn exchange(stream: &mut TcpStream, request: u8) -> Result<()> {
-    let mut byte = [request];
-    stream.write_all(&byte)?;
-    stream
-        .read_exact(&mut byte)
-        .map_err(|error| if error.kind() == ErrorKind::UnexpectedEof { ErrorKind::ConnectionReset.into() } else { error })?;
-    Ok(())
-}
-
-fn measure(load: &Load, mut once: impl FnMut() -> Result<()>) -> Result<()> {
-    for _ in 0..50 {
-        once()?;
-    }
-    let (started, limit) = (Instant::now(), Duration::from_secs(load.seconds));
-    let mut times = Vec::with_capacity(1 << 20);
-    while started.elapsed() < limit {
-        let begin = Instant::now();
-        once()?;
-        times.push(begin.elapsed());
-    }
-    ensure!(!times.is_empty(), "no exchange within {} s", load.seconds);
-    let rate = times.len() as f64 / started.elapsed().as_secs_f64();
-    times.sort_unstable();
-    let at = |share: usize| times[(times.len() - 1) * share / 100].as_secs_f64() * 1e6;
-    println!("{}", json!({"rate": rate, "p50_us": at(50), "p99_us": at(99), "count": times.len()}));
-    Ok(())
 }

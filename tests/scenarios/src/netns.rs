@@ -44,6 +44,12 @@ impl Namespace {
         Ok(command)
     }
 
+    /// For a thread of its own: calling the result moves that thread in here for good.
+    pub fn enter(&self) -> Result<impl FnOnce() -> Result<()> + Send + use<>> {
+        let namespace = self.file.try_clone()?;
+        Ok(move || setns(&namespace, CloneFlags::CLONE_NEWNET).context("enter a network namespace"))
+    }
+
     /// Runs `ip` with the words of `arguments`.
     pub fn ip(&self, arguments: &str) -> Result<()> {
         let output = self.command("ip", None)?.args(arguments.split_whitespace()).stdin(Stdio::null()).output()?;

@@ -137,6 +137,11 @@ impl World {
         }
     }
 
+    /// A command that will run on the node, in its cgroup.
+    pub fn node_command(&self, program: impl AsRef<Path>) -> Result<std::process::Command> {
+        self.node_namespace.command(program, Some(&self.cgroup))
+    }
+
     /// As `kill -9` does; the kernel keeps what was programmed.
     pub fn kill_proxy(&mut self) {
         self.proxy = None;

@@ -21,10 +21,10 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use outrigger_abi as abi;
-use outrigger_desired::{self as desired, Delta, Entry, Family, Frontend, Protocol, Table};
+use outrigger_desired::{self as desired, Delta, Entry, Family, Frontend, Protocol, ServicePortName, Table};
 
-use crate::backend::{Applied, Backend, BackendError, Parting, Pending, Restored, Result};
-use crate::config::{Config, Mode};
+use crate::backend::{Applied, Backend, BackendError, Counted, Live, Parting, Pending, Restored, Result};
+use crate::config::{Config, Mode, PodInterfaces};
 use attach::{Interface, Pins};
 use load::{Programs, Sizes};
 use maps::{Shared, Tables};
@@ -47,6 +47,13 @@ pub fn missing(config: &Config) -> Option<String> {
     tried.err().map(|error| error.to_string())
 }
 
+/// Whether programs in place have frontends to lead to.
+pub fn is_left(config: &Config) -> bool {
+    let tables = Pins::at(&config.pin_dir).tables();
+    tables.join("frontends").exists()
+        && Tables::open(&tables).and_then(|tables| tables.frontends.entries()).is_ok_and(|frontends| !frontends.is_empty())
+}
+
 pub fn open(config: &Config) -> Result<Box<dyn Backend>> {
     if !load::is_built() {
         return Err(BackendError::Unsupported { mode: Mode::Ebpf, missing: load::NOT_BUILT.into() });
@@ -61,6 +68,7 @@ struct Ebpf {
     nodeport_addresses: Vec<IpNet>,
     node_ips: Vec<IpAddr>,
     cluster_cidrs: Vec<IpNet>,
+    pod_interfaces: Option<PodInterfaces>,
     node: Namespace,
     host_namespace: u64,
     programs: Programs,
@@ -91,6 +99,7 @@ impl Ebpf {
             nodeport_addresses: config.nodeport_addresses.clone(),
             node_ips: config.node_ips.clone(),
             cluster_cidrs: config.cluster_cidrs.clone(),
+            pod_interfaces: config.pod_interfaces.clone(),
             node,
             host_namespace,
             programs,
@@ -168,7 +177,7 @@ impl Ebpf {
         let failed = |error| BackendError::kernel("list the node's addresses", error);
         let addresses = self.node.run(namespace::addresses).map_err(failed)?.map_err(failed)?;
         self.shared.node_addresses.settle(node_addresses(&addresses, &self.nodeport_addresses))?;
-        let uplinks = uplinks(&addresses, &self.node_ips, &self.cluster_cidrs);
+        let uplinks = uplinks(&addresses, &self.node_ips, &self.cluster_cidrs, self.pod_interfaces.as_ref());
         let Self { node, programs, pins, shared, attached_to, .. } = self;
         let attach = || -> Result<Vec<Interface>> {
             let mut interfaces = Vec::new();
@@ -313,9 +322,16 @@ fn is_link_local(ip: IpAddr) -> bool {
 /// The interfaces that clients outside may come by, with the source that each gives to what is sent on: its own address of the
 /// node's where it has one. Interfaces towards pods have no address,
 /// or one of the pods' network.
-fn uplinks(found: &[Address], node_ips: &[IpAddr], cluster_cidrs: &[IpNet]) -> BTreeMap<String, abi::Uplink> {
+fn uplinks(
+    found: &[Address],
+    node_ips: &[IpAddr],
+    cluster_cidrs: &[IpNet],
+    pod_interfaces: Option<&PodInterfaces>,
+) -> BTreeMap<String, abi::Uplink> {
     let mut uplinks: BTreeMap<String, abi::Uplink> = BTreeMap::new();
-    let in_cluster = |address: &&Address| cluster_cidrs.iter().any(|net| net.contains(&address.ip));
+    let in_cluster = |address: &&Address| {
+        cluster_cidrs.iter().any(|net| net.contains(&address.ip)) || pod_interfaces.is_some_and(|pods| pods.has(&address.interface))
+    };
     let to_pods: HashSet<&str> = found.iter().filter(in_cluster).map(|address| address.interface.as_str()).collect();
     let (own, other): (Vec<_>, Vec<_>) = found
         .iter()
@@ -356,6 +372,43 @@ impl Backend for Ebpf {
             }
             Some(ADDRESS_INTERVAL)
         })
+    }
+
+    fn lookup(&self, frontend: &Frontend, outside: bool) -> Result<Option<Vec<SocketAddr>>> {
+        let Some(value) = self.tables.frontends.get(&plan::key(frontend))? else { return Ok(None) };
+        let range = if outside { value.external } else { value.internal };
+        let slots = (range.base..range.base + range.count).filter_map(|index| self.tables.slots.get(&index).transpose());
+        slots.map(|slot| slot.map(|slot| SocketAddr::new(slot.addr.ip(), slot.port.host()))).collect::<Result<Vec<_>>>().map(Some)
+    }
+
+    fn counted(&self) -> Result<Vec<(ServicePortName, Counted)>> {
+        let mut all = Vec::new();
+        for (name, id) in self.layout.services() {
+            let abi::Counters { connections, refused } = self.tables.counters.get(id)?;
+            if connections + refused > 0 {
+                all.push((name.clone(), Counted { connections, refused }));
+            }
+        }
+        Ok(all)
+    }
+
+    fn live(&self, _: &Table) -> Result<Vec<Live>> {
+        let namespaces = namespace::below(&self.cgroup_path, &self.node);
+        let namespaces = namespaces.map_err(|error| BackendError::kernel("find the pods' network namespaces", error))?;
+        let mut all = sockets::list(&namespaces, &self.shared).map_err(|error| BackendError::kernel("list sockets", error))?;
+        let opens = self
+            .shared
+            .flows
+            .entries()?
+            .into_iter()
+            .filter(|(_, flow)| flow.flags & (abi::flow_flags::REPLY | abi::flow_flags::CLOSED) == 0);
+        all.extend(opens.map(|(tuple, flow)| Live {
+            protocol: tuple.protocol,
+            source: Some(SocketAddr::new(tuple.src.ip(), tuple.sport.host())),
+            frontend: SocketAddr::new(tuple.dst.ip(), tuple.dport.host()),
+            backend: SocketAddr::new(flow.to.dst.ip(), flow.to.dport.host()),
+        }));
+        Ok(all)
     }
 
     fn teardown(&mut self, parting: Parting) -> Pending<'_, Result<()>> {

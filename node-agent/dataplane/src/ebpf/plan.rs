@@ -131,6 +131,11 @@ impl Layout {
         self.frontends.len()
     }
 
+    /// The Service ports with their indices.
+    pub fn services(&self) -> impl Iterator<Item = (&ServicePortName, u32)> {
+        self.by_name.iter().map(|(name, id)| (name, *id))
+    }
+
     /// What the maps must have room for.
     pub fn needed(&self) -> Sizes {
         Sizes { frontends: self.frontends.len() as u32, slots: self.space.top, services: self.services.len() as u32 }

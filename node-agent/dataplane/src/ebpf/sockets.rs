@@ -1,9 +1,10 @@
-//! Ends sockets that still point at a backend which is gone, in every network namespace of the node.
+//! Sockets that a Service led to a backend, in every network namespace of the node: listed, and ended when the backend is gone.
 //!
 //! Only sockets that a Service led to the backend are ended, never those that dialled it themselves. For TCP the kernel's socket
 //! dump hands out the note that the programs left on each socket (`Peer`). For UDP it doesn't; there the socket's cookie finds
 //! its entry in the map `datagrams`.
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::sys::socket::{
@@ -13,6 +14,7 @@ use outrigger_abi::{Addr, DatagramKey, Endpoint, Peer, Port, UDP, datagram_direc
 
 use super::maps::Shared;
 use super::namespace::Namespace;
+use crate::backend::Live;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
@@ -51,42 +53,77 @@ struct Found {
 /// Ends the sockets whose note `is_doomed`, and counts them. A namespace that can't be looked at doesn't keep the others waiting;
 /// the first such error is told at the end.
 pub fn end(namespaces: &[Namespace], notes: &Shared, is_doomed: impl Fn(&Peer) -> bool + Sync) -> (usize, Option<io::Error>) {
-    if namespaces.is_empty() {
-        return (0, None);
-    }
     let mut ended = 0;
+    let failure = walk(namespaces, notes, |diag, found| {
+        for doomed in found.iter().filter(|found| is_doomed(&found.peer)) {
+            ended += usize::from(destroy(diag, doomed)?);
+        }
+        Ok(())
+    });
+    (ended, failure)
+}
+
+/// The sockets that were led somewhere. Namespaces that can't be looked at are left out.
+pub fn list(namespaces: &[Namespace], notes: &Shared) -> io::Result<Vec<Live>> {
+    let mut all = Vec::new();
+    let failure = walk(namespaces, notes, |_, found| {
+        all.extend(found.iter().map(Found::live));
+        Ok(())
+    });
+    match failure {
+        Some(error) if all.is_empty() => Err(error),
+        _ => Ok(all),
+    }
+}
+
+/// Hands the noted sockets of each namespace, family and protocol to `look`, with the connection that they were read by. The first
+/// error is told at the end.
+fn walk(namespaces: &[Namespace], notes: &Shared, mut look: impl FnMut(&OwnedFd, &[Found]) -> io::Result<()> + Send) -> Option<io::Error> {
     let mut failure = None;
     // One thread walks through all namespaces; it ends in the last one and takes nobody with it.
     std::thread::scope(|scope| {
         let walk = scope.spawn(|| {
             for namespace in namespaces {
-                match namespace.enter().and_then(|()| end_here(notes, &is_doomed)) {
-                    Ok(count) => ended += count,
-                    Err(error) => _ = failure.get_or_insert(error),
+                if let Err(error) = namespace.enter().and_then(|()| look_here(notes, &mut look)) {
+                    failure.get_or_insert(error);
                 }
             }
         });
         walk.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     });
-    (ended, failure)
+    failure
 }
 
-fn end_here(notes: &Shared, is_doomed: &impl Fn(&Peer) -> bool) -> io::Result<usize> {
-    let mut ended = 0;
+fn look_here(notes: &Shared, look: &mut impl FnMut(&OwnedFd, &[Found]) -> io::Result<()>) -> io::Result<()> {
     for family in FAMILIES {
         for protocol in PROTOCOLS {
             let diag = open()?;
-            let doomed: Vec<Found> = match dump(&diag, family, protocol, notes) {
-                // A kernel without IPv6 or without UDP's half of the dump has no such sockets to end.
+            match dump(&diag, family, protocol, notes) {
+                // A kernel without IPv6 or without UDP's half of the dump has no such sockets.
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) => continue,
-                found => found?.into_iter().filter(|found| is_doomed(&found.peer)).collect(),
-            };
-            for found in &doomed {
-                ended += usize::from(destroy(&diag, found)?);
+                found => look(&diag, &found?)?,
             }
         }
     }
-    Ok(ended)
+    Ok(())
+}
+
+impl Found {
+    fn live(&self) -> Live {
+        let address = |endpoint: &Endpoint| SocketAddr::new(endpoint.addr.ip(), endpoint.port.host());
+        let mut source = endpoint(&self.id, 4, 0);
+        if let Some(source) = &mut source
+            && i32::from(self.family) == libc::AF_INET
+        {
+            source.addr = Addr::from_v4_word(source.addr.0[0]);
+        }
+        Live {
+            protocol: self.protocol,
+            source: source.as_ref().map(address),
+            frontend: address(&self.peer.frontend),
+            backend: address(&self.peer.backend),
+        }
+    }
 }
 
 fn open() -> io::Result<OwnedFd> {

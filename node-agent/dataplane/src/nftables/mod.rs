@@ -1,14 +1,17 @@
 //! Service traffic by nftables: one table, verdict maps, delta transactions. The table is never listed to learn its state.
 mod apply;
+mod inspect;
 mod ops;
 mod render;
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use outrigger_desired::{Delta, Table};
+use outrigger_desired::{Delta, Frontend, Table};
 
-use crate::backend::{Applied, Backend, BackendError, Parting, Pending, Restored, Result};
+use crate::backend::{Applied, Backend, BackendError, Live, Parting, Pending, Restored, Result};
 use crate::config::{Config, Mode};
+use crate::conntrack;
 use apply::Kernel;
 
 /// Linux before 5.13 lacks what the table is made of (and its nft may choke on it).
@@ -34,9 +37,19 @@ fn kernel_version(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()??, numbers.next()??))
 }
 
+/// Whether the kernel has a table that translates new connections.
+pub fn is_left() -> bool {
+    let services = format!("list chain inet {} services", ops::TABLE);
+    std::process::Command::new("nft").arg(services).output().is_ok_and(|output| output.status.success())
+}
+
 pub fn open(config: &Config) -> Result<Box<dyn Backend>> {
-    let around =
-        render::Surroundings { cluster_cidrs: config.cluster_cidrs.clone(), nodeport_addresses: config.nodeport_addresses.clone() };
+    let around = render::Surroundings {
+        cluster_cidrs: config.cluster_cidrs.clone(),
+        pod_interfaces: config.pod_interfaces.clone(),
+        masquerade_all: config.masquerade_all,
+        nodeport_addresses: config.nodeport_addresses.clone(),
+    };
     Ok(Box::new(Nftables { kernel: Kernel::new(around) }))
 }
 
@@ -60,6 +73,14 @@ impl Backend for Nftables {
 
     fn tidy(&mut self) -> Pending<'_, Option<Duration>> {
         Box::pin(async move { tokio::task::block_in_place(|| self.kernel.tidy()).then_some(CHAIN_REST) })
+    }
+
+    fn lookup(&self, frontend: &Frontend, outside: bool) -> Result<Option<Vec<SocketAddr>>> {
+        inspect::lookup(*frontend, outside)
+    }
+
+    fn live(&self, table: &Table) -> Result<Vec<Live>> {
+        conntrack::live(table).map_err(|error| BackendError::kernel("read tracked connections", error))
     }
 
     fn teardown(&mut self, parting: Parting) -> Pending<'_, Result<()>> {

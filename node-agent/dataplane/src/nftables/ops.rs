@@ -112,6 +112,7 @@ pub(super) enum Rule {
     MarkAlways,
     MarkFromNode,
     GotoFromPods(Family, Name),
+    GotoFromPodInterfaces(Name),
     GotoFromNode(Name),
     /// To one of the endpoints, by chance.
     Dnat(Protocol, Arc<[Endpoint]>),
@@ -178,6 +179,7 @@ impl fmt::Display for Rule {
             Self::MarkAlways => write!(f, "meta mark set meta mark | {MASQUERADE_MARK:#x}"),
             Self::MarkFromNode => write!(f, "fib saddr type local meta mark set meta mark | {MASQUERADE_MARK:#x}"),
             Self::GotoFromPods(family, chain) => write!(f, "{} saddr @cluster-cidrs{} goto {chain}", ip_word(*family), digit(*family)),
+            Self::GotoFromPodInterfaces(chain) => write!(f, "iifname @pod-interfaces goto {chain}"),
             Self::GotoFromNode(chain) => write!(f, "fib saddr type local goto {chain}"),
             Self::Dnat(protocol, endpoints) => dnat(f, *protocol, endpoints),
             Self::Spread(chains) => {

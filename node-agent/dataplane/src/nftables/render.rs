@@ -9,12 +9,16 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use outrigger_desired::{Address, Delta, Endpoint, Entry, Family, Frontend, Kind, Masquerade, NoEndpoints, Table};
 
+use crate::config::PodInterfaces;
+
 use super::ops::{Element, Key, MASQUERADE_MARK, Name, Op, Rule, Set, TABLE, Verdict, digit, proto_word};
 
 /// What of the node shapes the table.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Surroundings {
     pub cluster_cidrs: Vec<IpNet>,
+    pub pod_interfaces: Option<PodInterfaces>,
+    pub masquerade_all: bool,
     pub nodeport_addresses: Vec<IpNet>,
 }
 
@@ -29,15 +33,25 @@ pub(super) fn skeleton(around: &Surroundings) -> String {
         text.push_str(&interval_set("cluster-cidrs", family, &around.cluster_cidrs));
         text.push_str(&interval_set("nodeport-cidrs", family, &around.nodeport_addresses));
     }
+    let interfaces = match &around.pod_interfaces {
+        Some(PodInterfaces::Bridge(name)) => format!(" elements = {{ \"{name}\" }}"),
+        Some(PodInterfaces::Prefix(prefix)) => format!(" elements = {{ \"{prefix}*\" }}"),
+        None => String::new(),
+    };
+    text.push_str(&format!("\tset pod-interfaces {{ type ifname; flags interval;{interfaces} }}\n"));
     let restricted = !around.nodeport_addresses.is_empty();
     let nodeport4 = if restricted { "ip daddr @nodeport-cidrs4 " } else { "" };
     let nodeport6 = if restricted { "ip6 daddr @nodeport-cidrs6 " } else { "" };
     let mark = format!("meta mark set meta mark | {MASQUERADE_MARK:#x}");
     let mut off_cluster = String::new();
     for (family, ip) in [(Family::V4, "ip"), (Family::V6, "ip6")] {
+        let digit = digit(family);
+        if around.masquerade_all {
+            let _ = writeln!(off_cluster, "\t\t{ip} daddr @cluster-ips{digit} {mark}");
+        } else if around.pod_interfaces.is_some() {
+            let _ = writeln!(off_cluster, "\t\tiifname != @pod-interfaces {ip} daddr @cluster-ips{digit} {mark}");
         // Without the family's range nobody can be told apart, so nobody is masqueraded.
-        if around.cluster_cidrs.iter().any(|net| Family::of(net.addr()) == family) {
-            let digit = digit(family);
+        } else if around.cluster_cidrs.iter().any(|net| Family::of(net.addr()) == family) {
             let _ = writeln!(off_cluster, "\t\t{ip} saddr != @cluster-cidrs{digit} {ip} daddr @cluster-ips{digit} {mark}");
         }
     }
@@ -52,6 +66,7 @@ pub(super) fn skeleton(around: &Surroundings) -> String {
 		fib saddr type local return
 		ip saddr @cluster-cidrs4 return
 		ip6 saddr @cluster-cidrs6 return
+		iifname @pod-interfaces return
 		drop
 	}}
 	chain check {{
@@ -394,7 +409,7 @@ fn needs(frontend: Frontend, entry: &Entry) -> Needs {
     needs
 }
 
-fn key(frontend: Frontend) -> Key {
+pub(super) fn key(frontend: Frontend) -> Key {
     match frontend.address {
         Address::Ip(ip) => Key::Frontend(ip, frontend.protocol, frontend.port),
         Address::Node(_) => Key::Ports(frontend.protocol, frontend.port),
@@ -425,6 +440,7 @@ fn entry_chain(frontend: Frontend, entry: &Entry, needs: &mut Needs) -> Name {
         let spread = spread(frontend, entry, cluster, needs);
         needs.chains.push((inside.clone(), spread));
         rules.push(Rule::GotoFromPods(family, inside.clone()));
+        rules.push(Rule::GotoFromPodInterfaces(inside.clone()));
         rules.push(Rule::MarkFromNode);
         rules.push(Rule::GotoFromNode(inside));
     } else {

@@ -101,6 +101,11 @@ impl Service {
         }
     }
 
+    /// Of every live flow.
+    pub fn backends_in_use(&self) -> Vec<SocketAddr> {
+        lock(&self.flows).live.values().map(|(backend, _)| *backend).collect()
+    }
+
     pub fn protocol(&self) -> Protocol {
         self.protocol
     }

@@ -10,13 +10,13 @@ mod tcp;
 mod udp;
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use outrigger_desired::{Address, Delta, Entry, Frontend, Protocol, Table};
+use outrigger_desired::{Address, Delta, Entry, Family, Frontend, Protocol, Table};
 
-use crate::backend::{Applied, Backend, BackendError, Parting, Pending, Restored, Result};
+use crate::backend::{Applied, Backend, BackendError, Live, Parting, Pending, Restored, Result};
 use crate::config::{Config, Mode};
 use forward::{Affinities, Listener, Service};
 use routes::Routes;
@@ -30,6 +30,11 @@ const AFFINITY_SWEEP: Duration = Duration::from_secs(60);
 /// The first thing that this node lacks, or `None` when traffic can be forwarded here.
 pub fn missing() -> Option<String> {
     Routes::open().err().map(|error| format!("routes can't be changed ({error})"))
+}
+
+/// Whether Services' addresses are still local, with nobody listening.
+pub fn is_left() -> bool {
+    Routes::open().and_then(|routes| routes.restore()).is_ok_and(|found| found > 0)
 }
 
 pub fn open(config: &Config) -> Result<Box<dyn Backend>> {
@@ -171,6 +176,26 @@ impl Backend for Userspace {
         })
     }
 
+    fn lookup(&self, frontend: &Frontend, outside: bool) -> Result<Option<Vec<SocketAddr>>> {
+        let Some(service) = self.open.get(frontend) else { return Ok(None) };
+        let entry = service.entry();
+        let endpoints = entry.short_circuit.as_ref().filter(|_| !outside).unwrap_or(&entry.backends);
+        Ok(Some(endpoints.iter().map(|endpoint| endpoint.socket()).collect()))
+    }
+
+    fn live(&self, _: &Table) -> Result<Vec<Live>> {
+        let flows = |(frontend, service): (&Frontend, &Arc<Service>)| {
+            let ip = match frontend.address {
+                Address::Ip(ip) => ip,
+                Address::Node(Family::V4) => Ipv4Addr::UNSPECIFIED.into(),
+                Address::Node(Family::V6) => Ipv6Addr::UNSPECIFIED.into(),
+            };
+            let (protocol, frontend) = (frontend.protocol.number(), SocketAddr::new(ip, frontend.port));
+            service.backends_in_use().into_iter().map(move |backend| Live { protocol, source: None, frontend, backend })
+        };
+        Ok(self.open.iter().flat_map(flows).collect())
+    }
+
     /// Listeners close; connections go on, and each keeps its Service's address local for as long as it lives.
     fn teardown(&mut self, parting: Parting) -> Pending<'_, Result<()>> {
         Box::pin(async move {
@@ -180,7 +205,7 @@ impl Backend for Userspace {
             self.retire(|_| true);
             self.closed.clear();
             self.close().await;
-            Ok(())
+            self.routes.prune().map_err(|error| BackendError::kernel("delete stale Service routes", error))
         })
     }
 }

@@ -58,6 +58,7 @@ impl Lab {
             cgroup2_path: cgroup.clone(),
             pin_dir: Path::new("/sys/fs/bpf/outrigger").join(&name),
             instance: name,
+            ..Config::default()
         };
         Self { cgroup, former, config, _turn: turn }
     }

@@ -94,6 +94,16 @@ impl Dns {
     pub fn metrics(&self) -> String {
         self.shared.as_ref().map(|shared| shared.metrics.render()).unwrap_or_default()
     }
+
+    /// Whether names can be asked for, to be asked again and again.
+    pub fn reading(&self) -> impl Fn() -> Result<(), String> + Send + Sync + use<> {
+        let shared = self.shared.clone();
+        move || match &shared {
+            None => Err("no address to answer at was given".to_owned()),
+            Some(shared) if !shared.synced.load(Ordering::Acquire) => Err("the cluster's names are not known yet".to_owned()),
+            Some(_) => Ok(()),
+        }
+    }
 }
 
 /// Keeps the records equal to the mirrors.

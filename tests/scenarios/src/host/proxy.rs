@@ -79,6 +79,7 @@ fn read_config(config: &ProxyConfig) -> Result<Config> {
         cgroup2_path: config.cgroup2_path.clone().into(),
         pin_dir: config.pin_dir.clone().into(),
         instance: config.instance.clone(),
+        ..Config::default()
     })
 }
 

@@ -1,0 +1,167 @@
+//! The answering side: HTTP over a socket that only root may open.
+use std::convert::Infallible;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use axum::body::Body;
+use axum::extract::{Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use outrigger_cluster::Key;
+use outrigger_cluster::watch::Watch;
+use outrigger_dataplane::{ProxyHandle, View};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::net::UnixListener;
+
+use super::sight;
+use crate::roles::Health;
+
+#[derive(Clone)]
+pub struct Sources {
+    pub parts: Health,
+    pub proxy: Option<ProxyHandle>,
+    pub watch: Watch,
+}
+
+/// Why a question has no answer.
+struct Refusal(StatusCode, String);
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        (self.0, self.1).into_response()
+    }
+}
+
+type Answer<T = Json<Value>> = std::result::Result<T, Refusal>;
+
+fn bad(message: impl ToString) -> Refusal {
+    Refusal(StatusCode::BAD_REQUEST, message.to_string())
+}
+
+impl Sources {
+    fn proxy(&self) -> Answer<&ProxyHandle> {
+        self.proxy.as_ref().ok_or_else(|| Refusal(StatusCode::NOT_FOUND, "this agent runs no Service proxy".into()))
+    }
+
+    async fn ask<T: Send + 'static>(&self, question: impl FnOnce(&View<'_>) -> T + Send + 'static) -> Answer<T> {
+        let stopped = || Refusal(StatusCode::SERVICE_UNAVAILABLE, "the Service proxy has stopped".into());
+        self.proxy()?.ask(question).await.ok_or_else(stopped)
+    }
+}
+
+pub fn serve(path: &Path, sources: Sources) -> Result<()> {
+    let failed = || format!("listen on {}", path.display());
+    // A former agent's socket; two agents don't share a data directory.
+    let _ = fs::remove_file(path);
+    let listener = UnixListener::bind(path).with_context(failed)?;
+    fs::set_permissions(path, Permissions::from_mode(0o600)).with_context(failed)?;
+    let router = Router::new()
+        .route("/status", get(status))
+        .route("/mode", post(mode))
+        .route("/services", get(services))
+        .route("/trace", get(trace))
+        .route("/monitor", get(monitor))
+        .with_state(sources);
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    Ok(())
+}
+
+/// Each part's own reading of its health.
+async fn status(State(sources): State<Sources>) -> Json<Value> {
+    let parts: serde_json::Map<String, Value> = sources
+        .parts
+        .read()
+        .into_iter()
+        .map(|(role, reading)| (role.name().to_owned(), json!({"healthy": reading.is_ok(), "message": reading.err()})))
+        .collect();
+    let proxy = sources.proxy.as_ref().map(|proxy| {
+        let choice = proxy.choice();
+        json!({"mode": choice.mode.to_string(), "reason": choice.reason})
+    });
+    Json(json!({"parts": parts, "proxy": proxy}))
+}
+
+#[derive(Deserialize)]
+struct Mode {
+    to: String,
+}
+
+/// Switches while traffic flows.
+async fn mode(State(sources): State<Sources>, Query(Mode { to }): Query<Mode>) -> Answer {
+    let choice = sources.proxy()?.set_mode(to.parse().map_err(bad)?).await;
+    let choice = choice.map_err(|error| Refusal(StatusCode::CONFLICT, error.to_string()))?;
+    Ok(Json(json!({"mode": choice.mode.to_string(), "reason": choice.reason})))
+}
+
+#[derive(Deserialize)]
+struct Filter {
+    /// `namespace/name`, or the beginning of it.
+    #[serde(default)]
+    service: String,
+}
+
+async fn services(State(sources): State<Sources>, Query(Filter { service }): Query<Filter>) -> Answer {
+    sources.ask(move |view| Json(sight::services(view, &service))).await
+}
+
+#[derive(Deserialize)]
+struct Trace {
+    /// A pod on this node (`namespace/name`), or an address.
+    from: String,
+    /// `IP:PORT`
+    to: String,
+    protocol: Option<String>,
+}
+
+async fn trace(State(sources): State<Sources>, Query(question): Query<Trace>) -> Answer {
+    let (source, is_pod) = match question.from.parse() {
+        Ok(ip) => (ip, false),
+        Err(_) => (pod_ip(&sources.watch, &question.from)?, true),
+    };
+    let destination = question.to.parse().map_err(|_| bad(format!("{:?} is no IP:PORT", question.to)))?;
+    let protocol = outrigger_desired::Protocol::parse(question.protocol.as_deref().map(str::to_uppercase).as_deref());
+    let protocol = protocol.ok_or_else(|| bad("the protocol is one of TCP, UDP, SCTP"))?;
+    let flow = outrigger_desired::trace::Flow { source, destination, protocol };
+    sources.ask(move |view| Json(sight::trace(view, &flow, is_pod))).await
+}
+
+fn pod_ip(watch: &Watch, name: &str) -> Answer<std::net::IpAddr> {
+    let (namespace, name) = name.split_once('/').unwrap_or(("default", name));
+    let pod = watch.pods.get(&Key::new(namespace, name));
+    let ip = pod.as_ref().and_then(|pod| pod.status.as_ref()?.pod_ip.as_ref()?.parse().ok());
+    ip.ok_or_else(|| Refusal(StatusCode::NOT_FOUND, format!("no pod {namespace}/{name} with an address is known here: give its address")))
+}
+
+#[derive(Deserialize)]
+struct Monitor {
+    #[serde(default = "one_second")]
+    millis: u64,
+}
+
+fn one_second() -> u64 {
+    1000
+}
+
+/// One JSON object per line, for as long as somebody reads.
+async fn monitor(State(sources): State<Sources>, Query(Monitor { millis }): Query<Monitor>) -> Answer<Response> {
+    sources.proxy()?;
+    let pause = Duration::from_millis(millis.max(100));
+    let lines = futures::stream::unfold((sources, sight::Seen::default(), true), move |(sources, mut seen, first)| async move {
+        if !first {
+            tokio::time::sleep(pause).await;
+        }
+        let read = sources.ask(|view| sight::Snapshot::read(view)).await.ok()?;
+        let lines = match read {
+            Ok(snapshot) => seen.events(snapshot).iter().fold(String::new(), |text, event| text + &event.to_string() + "\n"),
+            Err(error) => json!({"event": "error", "message": error.to_string()}).to_string() + "\n",
+        };
+        Some((Ok::<_, Infallible>(lines), (sources, seen, false)))
+    });
+    Ok(Body::from_stream(lines).into_response())
+}
