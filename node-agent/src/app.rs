@@ -96,7 +96,7 @@ fn extent(roles: &Roles) -> Extent {
 
 /// The running parts of pods' network.
 enum PodNetwork {
-    Whole(Network),
+    Whole(Box<Network>),
     Names(Dns),
     Elsewhere,
 }
@@ -120,7 +120,7 @@ fn start_network(options: &Run, node_name: &str, roles: &Roles, watch: &Watch, p
             Readiness::Ready => Ok(()),
             Readiness::NotReady(reason) => Err(reason.clone()),
         });
-        PodNetwork::Whole(network)
+        PodNetwork::Whole(Box::new(network))
     } else if roles.has(Role::Dns) {
         PodNetwork::Names(Dns::start(outrigger_network::dns::Config::of(&config), watch).0)
     } else {

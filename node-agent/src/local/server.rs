@@ -156,7 +156,7 @@ async fn monitor(State(sources): State<Sources>, Query(Monitor { millis }): Quer
         if !first {
             tokio::time::sleep(pause).await;
         }
-        let read = sources.ask(|view| sight::Snapshot::read(view)).await.ok()?;
+        let read = sources.ask(sight::Snapshot::read).await.ok()?;
         let lines = match read {
             Ok(snapshot) => seen.events(snapshot).iter().fold(String::new(), |text, event| text + &event.to_string() + "\n"),
             Err(error) => json!({"event": "error", "message": error.to_string()}).to_string() + "\n",
