@@ -110,6 +110,7 @@ fn facts(definition: &Value, version: &Value) -> CustomFacts {
             label_selector: scale["labelSelectorPath"].as_str().map(String::from),
         }),
         conversion: Some(meta::get(definition, "spec.conversion").clone()).filter(|conversion| !conversion.is_null()),
+        several_versions: meta::items(definition, "spec.versions").len() > 1,
     }
 }
 

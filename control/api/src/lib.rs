@@ -18,6 +18,7 @@ pub mod builtin;
 pub mod custom;
 pub mod decode;
 pub mod resource;
+pub mod rules;
 pub mod schema;
 pub mod types;
 

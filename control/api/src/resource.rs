@@ -116,6 +116,8 @@ pub struct CustomFacts {
     pub scale: Option<ScalePaths>,
     /// `spec.conversion`, as is.
     pub conversion: Option<Value>,
+    /// Stored objects may be in another version than this one.
+    pub several_versions: bool,
 }
 
 /// One kind in one served version.

@@ -1,4 +1,6 @@
 //! `metav1.Status`, with a builder per reason and upstream's texts.
+use std::borrow::Cow;
+
 use serde_json::{Map, Value, json};
 
 use crate::field_error::{FieldError, aggregate};
@@ -10,7 +12,7 @@ pub struct Status {
     /// HTTP code.
     pub code: u16,
     /// CamelCase reason; empty for successes.
-    pub reason: &'static str,
+    pub reason: Cow<'static, str>,
     pub message: String,
     /// `details`: name, group, kind, uid, causes, retryAfterSeconds; and `continue`, which goes to the Status' own metadata.
     pub details: Option<Value>,
@@ -36,8 +38,8 @@ fn filled(details: Map<String, Value>) -> Option<Value> {
 }
 
 impl Status {
-    pub fn new(code: u16, reason: &'static str, message: impl Into<String>) -> Status {
-        Status { code, reason, message: message.into(), details: None }
+    pub fn new(code: u16, reason: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Status {
+        Status { code, reason: reason.into(), message: message.into(), details: None }
     }
 
     /// Replaces `details`.
@@ -84,7 +86,7 @@ impl Status {
             value["message"] = self.message.clone().into();
         }
         if !self.reason.is_empty() {
-            value["reason"] = self.reason.into();
+            value["reason"] = self.reason.as_ref().into();
         }
         if let Some(details) = &self.details {
             value["details"] = details.clone();
@@ -102,24 +104,24 @@ impl Status {
     pub fn deleted(group: &str, resource: &str, name: &str, uid: &str) -> Status {
         let mut details = details(group, resource, name);
         details.insert("uid".into(), uid.into());
-        Status { code: 200, reason: "", message: String::new(), details: filled(details) }
+        Status { code: 200, reason: "".into(), message: String::new(), details: filled(details) }
     }
 
     /// 201 or 200 without a body of its own, as bindings and evictions answer.
     pub fn success(code: u16) -> Status {
-        Status { code, reason: "", message: String::new(), details: None }
+        Status { code, reason: "".into(), message: String::new(), details: None }
     }
 
     pub fn not_found(group: &str, resource: &str, name: &str) -> Status {
         let message = format!("{} \"{name}\" not found", qualified(group, resource));
-        Status { code: 404, reason: "NotFound", message, details: filled(details(group, resource, name)) }
+        Status { code: 404, reason: "NotFound".into(), message, details: filled(details(group, resource, name)) }
     }
 
     /// A path nobody serves.
     pub fn path_not_found() -> Status {
         Status {
             code: 404,
-            reason: "NotFound",
+            reason: "NotFound".into(),
             message: "the server could not find the requested resource".into(),
             details: Some(json!({})),
         }
@@ -127,12 +129,12 @@ impl Status {
 
     pub fn already_exists(group: &str, resource: &str, name: &str) -> Status {
         let message = format!("{} \"{name}\" already exists", qualified(group, resource));
-        Status { code: 409, reason: "AlreadyExists", message, details: filled(details(group, resource, name)) }
+        Status { code: 409, reason: "AlreadyExists".into(), message, details: filled(details(group, resource, name)) }
     }
 
     pub fn conflict(group: &str, resource: &str, name: &str, why: &str) -> Status {
         let message = format!("Operation cannot be fulfilled on {} \"{name}\": {why}", qualified(group, resource));
-        Status { code: 409, reason: "Conflict", message, details: filled(details(group, resource, name)) }
+        Status { code: 409, reason: "Conflict".into(), message, details: filled(details(group, resource, name)) }
     }
 
     /// The conflict of optimistic locking.
@@ -149,7 +151,7 @@ impl Status {
         }
         let mut details = details(group, kind, name);
         details.insert("causes".into(), errors.iter().map(FieldError::cause).collect());
-        Status { code: 422, reason: "Invalid", message, details: Some(Value::Object(details)) }
+        Status { code: 422, reason: "Invalid".into(), message, details: Some(Value::Object(details)) }
     }
 
     pub fn forbidden(group: &str, resource: &str, name: &str, why: &str) -> Status {
@@ -159,7 +161,7 @@ impl Status {
             (false, true) => format!("{target} is forbidden: {why}"),
             (false, false) => format!("{target} \"{name}\" is forbidden: {why}"),
         };
-        Status { code: 403, reason: "Forbidden", message, details: Some(Value::Object(details(group, resource, name))) }
+        Status { code: 403, reason: "Forbidden".into(), message, details: Some(Value::Object(details(group, resource, name))) }
     }
 
     pub fn unauthorized() -> Status {
@@ -172,7 +174,7 @@ impl Status {
 
     pub fn method_not_supported(group: &str, resource: &str, action: &str) -> Status {
         let message = format!("{action} is not supported on resources of kind \"{}\"", qualified(group, resource));
-        Status { code: 405, reason: "MethodNotAllowed", message, details: filled(details(group, resource, "")) }
+        Status { code: 405, reason: "MethodNotAllowed".into(), message, details: filled(details(group, resource, "")) }
     }
 
     /// A verb that the path has not.
@@ -239,7 +241,7 @@ impl Status {
             "{} \"{name}\" already exists, the server was not able to generate a unique name for the object",
             qualified(group, resource)
         );
-        Status { code: 409, reason: "AlreadyExists", message, details: filled(details(group, resource, name)) }
+        Status { code: 409, reason: "AlreadyExists".into(), message, details: filled(details(group, resource, name)) }
     }
 }
 

@@ -11,7 +11,8 @@ use serde_json::{Value, json};
 
 use crate::engine::Engine;
 use crate::error::StartError;
-use crate::registry::{store_key, stored_bytes};
+use crate::registry::store_key;
+use crate::registry::versions::builtin_bytes;
 
 struct Wanted {
     resource: Arc<Resource>,
@@ -67,7 +68,7 @@ fn fresh_bytes(resource: &Resource, mut object: Value) -> bytes::Bytes {
     if let Some(status) = status {
         object["status"] = status;
     }
-    stored_bytes(resource, &object)
+    builtin_bytes(resource, &object)
 }
 
 fn objects(engine: &Engine) -> Vec<Wanted> {
@@ -191,7 +192,7 @@ fn endpoints(engine: &Engine) -> Vec<Op> {
                 }
             }
             outrigger_api::default::apply(&resource, &mut updated);
-            (updated != entry.object()).then(|| Op::update(key, stored_bytes(&resource, &updated), entry.revision))
+            (updated != entry.object()).then(|| Op::update(key, builtin_bytes(&resource, &updated), entry.revision))
         })
         .collect()
 }
@@ -207,7 +208,7 @@ fn roles(engine: &Engine) -> Vec<Op> {
                 let mut stored = entry.object();
                 let value = match outrigger_access::bootstrap::reconcile(&mut stored, &wanted) {
                     Reconciled::Unchanged => continue,
-                    Reconciled::Changed => stored_bytes(&resource, &stored),
+                    Reconciled::Changed => builtin_bytes(&resource, &stored),
                     // A roleRef can't change: a new object takes the place of the old one.
                     Reconciled::Recreate => fresh_bytes(&resource, wanted.object),
                 };

@@ -160,6 +160,11 @@ impl ResourceCache {
         self.read().live.is_empty()
     }
 
+    /// Revision of the resource's last change.
+    pub fn last_change(&self) -> u64 {
+        self.read().last
+    }
+
     /// All whose key starts with `prefix` and sorts after `after`.
     pub fn range(&self, prefix: &str, after: Option<&str>) -> Snapshot {
         let content = self.read();

@@ -24,6 +24,7 @@ pub mod reply;
 pub mod request;
 pub mod server;
 mod start;
+pub mod webhook;
 
 pub use config::Config;
 pub use engine::Engine;

@@ -10,11 +10,11 @@ use outrigger_api::{Status, meta};
 use rand::Rng;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
-use crate::admission::{self, lookup};
+use crate::admission::{self, Attributes, Operation, lookup};
 use crate::body::{Request, Response, boxed};
 use crate::call::Call;
 use crate::engine::Engine;
@@ -26,15 +26,18 @@ pub struct Target {
     pub port: u16,
     /// None: plain HTTP.
     pub tls: Option<Arc<ClientConfig>>,
+    /// The name that the certificate must have, when it isn't the host.
+    pub server_name: Option<String>,
 }
 
-trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+pub trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
 
 const HOP_BY_HOP: &[&str] =
     &["connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "http2-settings"];
 
-async fn dial(target: &Target) -> Result<Box<dyn Stream>, String> {
+/// A connection to the target, TLS included.
+pub async fn connect(target: &Target) -> Result<Box<dyn Stream>, String> {
     let address = format!("{}:{}", if target.host.contains(':') { format!("[{}]", target.host) } else { target.host.clone() }, target.port);
     let connected = tokio::time::timeout(Duration::from_secs(10), TcpStream::connect(&address)).await;
     let stream = match connected {
@@ -44,9 +47,10 @@ async fn dial(target: &Target) -> Result<Box<dyn Stream>, String> {
     };
     let _ = stream.set_nodelay(true);
     let Some(config) = &target.tls else { return Ok(Box::new(stream)) };
-    let name = ServerName::try_from(target.host.clone()).map_err(|e| format!("{}: {e}", target.host))?;
+    let name = target.server_name.as_ref().unwrap_or(&target.host);
+    let name = ServerName::try_from(name.clone()).map_err(|e| format!("{name}: {e}"))?;
     let connector = tokio_rustls::TlsConnector::from(config.clone());
-    let stream = connector.connect(name, stream).await.map_err(|e| format!("TLS handshake with {address}: {e}"))?;
+    let stream = connector.connect(name, stream).await.map_err(|e| format!("tls: handshake with {address}: {e}"))?;
     Ok(Box::new(stream))
 }
 
@@ -55,7 +59,7 @@ pub async fn forward(mut request: Request, target: &Target, path_and_query: &str
     let unavailable = |why: String| Status::service_unavailable(format!("error trying to reach service: {why}"));
     let upgrade = request.headers().get(UPGRADE).cloned();
     let client_side = upgrade.as_ref().map(|_| hyper::upgrade::on(&mut request));
-    let stream = dial(target).await.map_err(unavailable)?;
+    let stream = connect(target).await.map_err(unavailable)?;
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| unavailable(e.to_string()))?;
     tokio::spawn(async move {
@@ -136,17 +140,21 @@ pub fn kubelet(engine: &Engine, node: &str) -> Result<Target, Status> {
         Status::internal(format!("no preferred addresses found; known addresses: {}", meta::get(&object, "status.addresses")))
     })?;
     let port = meta::get(&object, "status.daemonEndpoints.kubeletEndpoint.Port").as_u64().unwrap_or(10250);
-    Ok(Target { host, port: u16::try_from(port).unwrap_or(10250), tls: Some(engine.kubelets.tls.clone()) })
+    Ok(Target { host, port: u16::try_from(port).unwrap_or(10250), tls: Some(engine.kubelets.tls.clone()), server_name: None })
 }
 
 /// pods/proxy, services/proxy and nodes/proxy.
 pub async fn subresource(engine: &Engine, call: &Call, request: Request) -> Result<Reply, Status> {
     engine.fresh().await?;
+    if let Some(known) = call.resource.subresource(&call.info.subresource) {
+        let mut options = json!({"kind": known.body.kind, "apiVersion": "v1", "path": format!("/{}", call.info.trailing())});
+        engine.admission.admit(engine, &Attributes::new(call, Operation::Connect, &call.info.name), &mut options).await?;
+    }
     let (scheme, name, port) = split_name(&call.info.name)
         .ok_or_else(|| Status::bad_request(format!("invalid {} request {:?}", call.resource.singular, call.info.name)))?;
     let plain_or_tls = |host: String, port: u16| {
         let tls = (scheme == "https").then(|| engine.kubelets.anonymous_tls.clone());
-        Target { host, port, tls }
+        Target { host, port, tls, server_name: None }
     };
     let target = match call.resource.plural.as_ref() {
         "nodes" => match port {
@@ -166,7 +174,7 @@ pub async fn subresource(engine: &Engine, call: &Call, request: Request) -> Resu
             plain_or_tls(host, pod_port(&pod, port)?)
         }
         _ => {
-            let (host, port) = service_endpoint(engine, call, name, port)?;
+            let (host, port) = endpoint(engine, call.namespace(), name, port)?;
             plain_or_tls(host, port)
         }
     };
@@ -220,8 +228,8 @@ fn pod_port(pod: &Value, port: &str) -> Result<u16, Status> {
 }
 
 /// An endpoint of the Service's port (by name, number, or the only one), drawn at random from its slices.
-fn service_endpoint(engine: &Engine, call: &Call, name: &str, port: &str) -> Result<(String, u16), Status> {
-    let service = lookup(engine, "", "services", call.namespace(), name).ok_or_else(|| call.not_found(name))?;
+pub fn endpoint(engine: &Engine, namespace: &str, name: &str, port: &str) -> Result<(String, u16), Status> {
+    let service = lookup(engine, "", "services", namespace, name).ok_or_else(|| Status::not_found("", "services", name))?;
     let ports = meta::items(&service, "spec.ports");
     let wanted = match port {
         "" => ports.first().filter(|_| ports.len() == 1),
@@ -234,7 +242,7 @@ fn service_endpoint(engine: &Engine, call: &Call, name: &str, port: &str) -> Res
     let wanted = wanted.ok_or_else(|| unavailable(format!("no service port {port:?} found for service {name:?}")))?;
     let port_name = wanted["name"].as_str().unwrap_or_default();
     let mut found: Vec<(String, u16)> = Vec::new();
-    for slice in admission::all(engine, "discovery.k8s.io", "endpointslices", call.namespace()) {
+    for slice in admission::all(engine, "discovery.k8s.io", "endpointslices", namespace) {
         if meta::label(&slice, "kubernetes.io/service-name") != Some(name) {
             continue;
         }

@@ -1,9 +1,10 @@
 //! log, exec, attach and portforward of pods: checked here, answered by the kubelet of the pod's node.
 
+use outrigger_api::resource::api_version;
 use outrigger_api::{Status, meta};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::admission::lookup;
+use crate::admission::{Attributes, Operation, lookup};
 use crate::body::{self, Request, Response};
 use crate::call::Call;
 use crate::engine::Engine;
@@ -120,6 +121,9 @@ pub async fn stream(engine: &Engine, call: &Call, request: Request) -> Result<Re
         };
         engine.permit(&may)?;
     }
+    engine.fresh().await?;
+    let mut options = stream_options(call);
+    engine.admission.admit(engine, &Attributes::new(call, Operation::Connect, &call.info.name), &mut options).await?;
     let pod = pod_of(engine, call).await?;
     let kind = call.info.subresource.as_str();
     let node = meta::text(&pod, "spec.nodeName");
@@ -129,41 +133,58 @@ pub async fn stream(engine: &Engine, call: &Call, request: Request) -> Result<Re
             if node.is_empty() {
                 return Err(Status::bad_request(format!("pod {pod_name} does not have a host assigned")));
             }
-            let ports: Vec<String> = call.query.all("ports").iter().map(|p| encode(p)).collect();
+            let ports: Vec<String> = meta::items(&options, "ports").iter().map(ToString::to_string).collect();
             let query = if ports.is_empty() { String::new() } else { format!("?port={}", ports.join(",")) };
             format!("/portForward/{}/{pod_name}{query}", call.namespace())
         }
         kind => {
-            let container = container(&pod, call.query.text("container"))?;
+            let container = container(&pod, meta::text(&options, "container"))?;
             if node.is_empty() {
                 return Err(Status::bad_request(format!("pod {pod_name} does not have a host assigned")));
             }
-            format!("/{kind}/{}/{pod_name}/{container}?{}", call.namespace(), stream_options(call, kind))
+            format!("/{kind}/{}/{pod_name}/{container}?{}", call.namespace(), kubelet_options(&options))
         }
     };
     let target = kubelet(engine, node)?;
     Ok(Reply::Whole(forward(request, &target, &path).await?))
 }
 
-/// The kubelet's names for the streams.
-fn stream_options(call: &Call, kind: &str) -> String {
-    // Output is on unless the request turns it off, where it says anything.
-    let mut options = Vec::new();
-    for (ours, theirs) in [("stdin", "input"), ("stdout", "output"), ("stderr", "error"), ("tty", "tty")] {
-        if call.query.flag(ours) {
-            options.push(format!("{theirs}=1"));
+/// PodExecOptions, PodAttachOptions or PodPortForwardOptions out of the query.
+fn stream_options(call: &Call) -> Value {
+    let mut options = json!({});
+    if let Some(known) = call.resource.subresource(&call.info.subresource) {
+        meta::set_type(&mut options, &api_version(&known.body.group, &known.body.version), &known.body.kind);
+    }
+    if call.info.subresource == "portforward" {
+        let ports = call.query.all("ports").iter().flat_map(|ports| ports.split(','));
+        options["ports"] = ports.filter_map(|port| port.parse::<i32>().ok()).collect();
+        return options;
+    }
+    for stream in ["stdin", "stdout", "stderr", "tty"] {
+        if call.query.flag(stream) {
+            options[stream] = true.into();
         }
     }
-    if kind == "exec" {
-        options.extend(call.query.all("command").iter().map(|word| format!("command={}", encode(word))));
+    if let Some(container) = call.query.get("container") {
+        options["container"] = container.into();
     }
-    options.join("&")
+    if call.info.subresource == "exec" {
+        options["command"] = call.query.all("command").into();
+    }
+    options
+}
+
+/// The kubelet's names for the streams.
+fn kubelet_options(options: &Value) -> String {
+    let streams = [("stdin", "input"), ("stdout", "output"), ("stderr", "error"), ("tty", "tty")];
+    let wanted = streams.iter().filter(|(ours, _)| options[*ours] == true).map(|(_, theirs)| format!("{theirs}=1"));
+    let command = meta::items(options, "command").iter().filter_map(Value::as_str).map(|word| format!("command={}", encode(word)));
+    wanted.chain(command).collect::<Vec<_>>().join("&")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn the_container_is_found_or_asked_for() {

@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::admission::{Attributes, Operation};
 use crate::call::Call;
 use crate::engine::Engine;
-use crate::registry::{definition, managed, service, store_key, stored_bytes, write};
+use crate::registry::{definition, managed, service, store_key, versions, write};
 
 /// How often a generated name is drawn anew when it is taken.
 const NAME_TRIES: usize = 8;
@@ -51,9 +51,8 @@ async fn attempt(engine: &Engine, call: &Call, mut object: Value) -> Result<Valu
     let name = meta::name(&object).to_string();
     engine.fresh().await?;
     definition::check_create(engine, call)?;
-    let attributes =
-        Attributes { call, operation: Operation::Create, resource, subresource: "", namespace: call.namespace(), name: &name, old: None };
-    engine.admission.mutate(engine, &attributes, &mut object).await?;
+    let attributes = Attributes::new(call, Operation::Create, &name);
+    engine.admission.mutate(engine, &attributes, Some(&mut object)).await?;
     outrigger_api::default::apply(resource, &mut object);
     prepare::create(resource, &mut object, now);
     definition::settle(engine, call, &mut object);
@@ -73,7 +72,8 @@ async fn attempt(engine: &Engine, call: &Call, mut object: Value) -> Result<Valu
 }
 
 async fn store(engine: &Engine, call: &Call, name: &str, object: &Value) -> Result<u64, Status> {
-    let op = Op::create(store_key(&call.key(name)), stored_bytes(&call.resource, object)).expiring(time_to_live(&call.resource));
+    let bytes = versions::stored_bytes(engine, &call.resource, object).await?;
+    let op = Op::create(store_key(&call.key(name)), bytes).expiring(time_to_live(&call.resource));
     match write(engine, op).await? {
         WriteOutcome::Done { revision, .. } => Ok(revision),
         WriteOutcome::Conflict { .. } => Err(already_exists(engine, call, name)),

@@ -199,7 +199,7 @@ async fn finish(engine: &Arc<Engine>, definition: &Value) -> Result<bool, Status
     let cache = engine.hub.cache(&resource.storage_prefix);
     for entry in cache.range("", None).entries {
         let call = Call::internal(resource.clone(), "delete", entry.namespace(), entry.name());
-        match delete(engine, &call, entry.name(), &DeleteOptions::default()).await {
+        match delete(engine, &call, entry.name(), &DeleteOptions { admitted: true, ..Default::default() }).await {
             Ok(_) => {}
             Err(status) if status.code == 404 => {}
             Err(status) => return Err(status),

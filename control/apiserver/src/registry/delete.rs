@@ -10,7 +10,7 @@ use crate::body::Request;
 use crate::call::{Call, parse_dry_run};
 use crate::engine::Engine;
 use crate::negotiate::decode_body;
-use crate::registry::{cached, definition, in_version, list, read_body, service, store_key, stored_bytes, write};
+use crate::registry::{cached, definition, list, read_body, service, store_key, versions, write};
 use crate::reply::Reply;
 
 const ORPHAN: &str = "orphan";
@@ -25,9 +25,29 @@ pub struct DeleteOptions {
     pub propagation: Option<String>,
     pub orphan_dependents: Option<bool>,
     pub dry_run: bool,
+    /// Part of another request, which was admitted.
+    pub admitted: bool,
 }
 
 impl DeleteOptions {
+    /// As admission shows them.
+    fn to_value(&self) -> Value {
+        let mut value = json!({"kind": "DeleteOptions", "apiVersion": "meta.k8s.io/v1"});
+        let preconditions = json!({"uid": self.uid, "resourceVersion": self.resource_version});
+        for (key, option) in [
+            ("gracePeriodSeconds", self.grace_period.map(Value::from)),
+            ("preconditions", (self.uid.is_some() || self.resource_version.is_some()).then_some(preconditions)),
+            ("orphanDependents", self.orphan_dependents.map(Value::from)),
+            ("propagationPolicy", self.propagation.as_deref().map(Value::from)),
+            ("dryRun", self.dry_run.then(|| json!(["All"]))),
+        ] {
+            if let Some(option) = option {
+                value[key] = option;
+            }
+        }
+        value
+    }
+
     async fn of(call: &Call, request: Request) -> Result<Self, Status> {
         let (parts, body) = request.into_parts();
         let bytes = read_body(body).await?;
@@ -123,7 +143,9 @@ pub async fn collection(engine: &Engine, call: &Call, request: Request) -> Resul
     let mut items = Vec::new();
     for entry in &page.entries {
         let single = call.derived(call.resource.clone(), "delete", entry.namespace(), entry.name());
-        match delete(engine, &single, entry.name(), &options).await {
+        let outcome = delete(engine, &single, entry.name(), &options).await;
+        single.take_warnings().into_iter().for_each(|warning| call.warn(warning));
+        match outcome {
             Ok(deleted) => items.push(deleted.object),
             Err(status) if status.code == 404 => {}
             Err(status) => return Err(status),
@@ -143,18 +165,15 @@ pub async fn delete(engine: &Engine, call: &Call, name: &str, options: &DeleteOp
     engine.fresh().await?;
     for _ in 0..20 {
         let entry = cached(engine, call, name).ok_or_else(|| call.not_found(name))?;
-        let current = in_version(&call.resource, &entry);
+        let current = versions::object(engine, &call.resource, &entry).await?;
         check_preconditions(call, name, options, &current)?;
-        let attributes = Attributes {
-            call,
-            operation: Operation::Delete,
-            resource: &call.resource,
-            subresource: "",
-            namespace: call.namespace(),
-            name,
-            old: Some(&current),
-        };
-        engine.admission.validate(engine, &attributes, None).await?;
+        if !options.admitted {
+            let shown = options.to_value();
+            let attributes = Attributes::new(call, Operation::Delete, name);
+            let attributes = Attributes { old: Some(&current), dry_run: options.dry_run, options: Some(&shown), ..attributes };
+            engine.admission.mutate(engine, &attributes, None).await?;
+            engine.admission.validate(engine, &attributes, None).await?;
+        }
         let Some((object, gone)) = next_state(&call.resource, options, &current) else {
             return Ok(Deleted { object: current, gone: false });
         };
@@ -173,8 +192,11 @@ pub async fn delete(engine: &Engine, call: &Call, name: &str, options: &DeleteOp
 /// The write of a deletion; none when someone else wrote first.
 async fn commit(engine: &Engine, call: &Call, name: &str, object: &Value, gone: bool, revision: u64) -> Result<Option<u64>, Status> {
     let key = store_key(&call.key(name));
-    let op =
-        if gone { Op::delete(key, Expect::ModRevision(revision)) } else { Op::update(key, stored_bytes(&call.resource, object), revision) };
+    let op = if gone {
+        Op::delete(key, Expect::ModRevision(revision))
+    } else {
+        Op::update(key, versions::stored_bytes(engine, &call.resource, object).await?, revision)
+    };
     match write(engine, op).await? {
         WriteOutcome::Done { revision, .. } => {
             if gone {

@@ -17,7 +17,7 @@ use crate::engine::Engine;
 use crate::feed::ROOT;
 use crate::negotiate::Form;
 use crate::registry::read::{include_object, parse_revision, partial};
-use crate::registry::{in_version, shown_as_stored, store_failure};
+use crate::registry::{store_failure, versions};
 use crate::reply::Reply;
 
 /// Label and field selector of a list or watch.
@@ -98,14 +98,15 @@ pub async fn list(engine: &Engine, call: &Call) -> Result<Reply, Status> {
     }
     let resource = &call.resource;
     match call.accept.form {
-        Form::Plain => Ok(Reply::Json(200, encode_list(resource, &metadata, &page.entries))),
+        Form::Plain => Ok(Reply::Json(200, encode_list(engine, resource, &metadata, &page.entries).await?)),
         Form::Metadata => {
-            let items: Vec<Value> = page.entries.iter().map(|e| partial(&in_version(resource, e))).collect();
+            let objects = versions::objects(engine, resource, page.entries.iter().map(|e| &**e)).await?;
+            let items: Vec<Value> = objects.iter().map(partial).collect();
             let list = json!({"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": metadata, "items": items});
             Ok(Reply::Object(200, list))
         }
         Form::Table => {
-            let objects: Vec<Value> = page.entries.iter().map(|e| in_version(resource, e)).collect();
+            let objects = versions::objects(engine, resource, page.entries.iter().map(|e| &**e)).await?;
             let table = table::render(resource, metadata, &objects, include_object(call)?, Timestamp::now());
             Ok(Reply::Object(200, table))
         }
@@ -113,25 +114,30 @@ pub async fn list(engine: &Engine, call: &Call) -> Result<Reply, Status> {
 }
 
 /// The list as bytes: the items' own encodings put together.
-fn encode_list(resource: &Resource, metadata: &Value, entries: &[Arc<Entry>]) -> Bytes {
+async fn encode_list(engine: &Engine, resource: &Resource, metadata: &Value, entries: &[Arc<Entry>]) -> Result<Bytes, Status> {
     let size: usize = entries.iter().map(|e| e.body.len() + 1).sum();
     let mut out = BytesMut::with_capacity(size + 256);
     out.put_slice(
         format!("{{\"kind\":\"{}\",\"apiVersion\":\"{}\",\"metadata\":{metadata},\"items\":[", resource.list_kind, resource.api_version())
             .as_bytes(),
     );
-    for (i, entry) in entries.iter().enumerate() {
+    let foreign: Vec<bool> = entries.iter().map(|entry| !versions::is_stored_so(resource, entry)).collect();
+    let to_convert = entries.iter().zip(&foreign).filter(|(_, foreign)| **foreign).map(|(entry, _)| &**entry);
+    let mut converted = versions::objects(engine, resource, to_convert).await?.into_iter();
+    for (i, (entry, foreign)) in entries.iter().zip(foreign).enumerate() {
         if i > 0 {
             out.put_u8(b',');
         }
-        if shown_as_stored(resource, entry) {
-            out.put_slice(&entry.body);
-        } else {
-            out.put_slice(&crate::cache::encode(&in_version(resource, entry)));
+        match converted.as_slice() {
+            [next, ..] if foreign => {
+                out.put_slice(&crate::cache::encode(next));
+                converted.next();
+            }
+            _ => out.put_slice(&entry.body),
         }
     }
     out.put_slice(b"]}\n");
-    out.freeze()
+    Ok(out.freeze())
 }
 
 fn check_options(call: &Call) -> Result<(), Status> {

@@ -11,6 +11,7 @@ pub mod review;
 pub mod service;
 pub mod subresource;
 pub mod update;
+pub mod versions;
 pub mod watch;
 
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::HeaderMap;
 use http::header::CONTENT_TYPE;
-use outrigger_api::{Resource, Status, convert, default, meta, schema, types};
+use outrigger_api::{Resource, Status, default, meta, schema, types};
 use outrigger_store::{StoreError, WriteOutcome};
 use serde_json::Value;
 
@@ -175,7 +176,7 @@ pub fn fit(call: &Call, resource: &Resource, object: &mut Value) -> Result<(), S
 }
 
 /// Fits an object to its kind's schema and returns the paths of the fields that it dropped.
-fn fitted(resource: &Resource, object: &mut Value) -> Result<Vec<String>, Status> {
+pub fn fitted(resource: &Resource, object: &mut Value) -> Result<Vec<String>, Status> {
     let decoded = match &resource.custom {
         None => types::decode(resource, object).map(|decoded| decoded.unknown),
         Some(custom) => schema::decode(custom.schema.as_ref(), custom.preserve_unknown_fields, object),
@@ -211,35 +212,6 @@ pub fn cached(engine: &Engine, call: &Call, name: &str) -> Option<Arc<Entry>> {
     let key = call.key(name);
     let (prefix, rest) = crate::cache::split_key(&key)?;
     engine.hub.cache(prefix).get(rest)
-}
-
-/// Whether an entry's bytes are what the resource's version shows.
-pub fn shown_as_stored(resource: &Resource, entry: &Entry) -> bool {
-    convert::is_identity(resource) && resource.custom.as_ref().is_none_or(|custom| entry.revision > custom.since)
-}
-
-/// An entry's object in the version that the call speaks. A custom one that was stored under an older schema is fitted to the present one.
-pub fn in_version(resource: &Resource, entry: &Entry) -> Value {
-    let mut object = entry.object();
-    if !convert::is_identity(resource) {
-        convert::to_version(resource, &mut object);
-    }
-    if resource.custom.as_ref().is_some_and(|custom| entry.revision <= custom.since || !convert::is_identity(resource)) {
-        // What doesn't fit any more is shown as it is: only writes are refused for it.
-        let _ = fitted(resource, &mut object);
-        default::apply(resource, &mut object);
-    }
-    object
-}
-
-/// The bytes to store: storage version, no resourceVersion.
-pub fn stored_bytes(resource: &Resource, object: &Value) -> Bytes {
-    let mut stored = object.clone();
-    if !convert::is_identity(resource) {
-        convert::to_storage(resource, &mut stored);
-    }
-    meta::remove(&mut stored, "metadata.resourceVersion");
-    crate::cache::encode(&stored)
 }
 
 pub fn store_key(key: &str) -> String {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::call::Call;
 use crate::engine::Engine;
 use crate::negotiate::Form;
-use crate::registry::{cached, in_version, shown_as_stored};
+use crate::registry::{cached, versions};
 use crate::reply::Reply;
 
 pub async fn get(engine: &Engine, call: &Call) -> Result<Reply, Status> {
@@ -21,10 +21,10 @@ pub async fn get(engine: &Engine, call: &Call) -> Result<Reply, Status> {
         text => engine.reach(parse_revision(text)?).await?,
     }
     let entry = cached(engine, call, name).ok_or_else(|| call.not_found(name))?;
-    if call.accept.form == Form::Plain && shown_as_stored(&call.resource, &entry) {
+    if call.accept.form == Form::Plain && versions::is_stored_so(&call.resource, &entry) {
         return Ok(Reply::Json(200, entry.body.clone()));
     }
-    reply(engine, call, 200, in_version(&call.resource, &entry))
+    reply(engine, call, 200, versions::object(engine, &call.resource, &entry).await?)
 }
 
 /// One object in the form the client accepts.

@@ -1,9 +1,10 @@
 //! Kinds that are answered and forgotten: reviews of access and tokens, and bindings.
 
-use outrigger_access::{Attributes, Authorizer, Decision, RulesReview, UserInfo};
+use outrigger_access::{Authorizer, Decision, RulesReview, UserInfo};
 use outrigger_api::{FieldError, Status, meta};
 use serde_json::{Value, json};
 
+use crate::admission::{Attributes, Operation};
 use crate::call::Call;
 use crate::engine::Engine;
 use crate::registry::create::settle_namespace;
@@ -12,10 +13,16 @@ use crate::reply::Reply;
 
 pub async fn create(engine: &Engine, call: &Call, mut object: Value) -> Result<Reply, Status> {
     settle_namespace(call, &mut object)?;
+    if call.resource.kind != "Binding" {
+        engine.fresh().await?;
+        let name = meta::name(&object).to_string();
+        let attributes = Attributes::new(call, Operation::Create, &name);
+        engine.admission.admit(engine, &attributes, &mut object).await?;
+    }
     let status = match call.resource.kind.as_ref() {
         "Binding" => {
             let pod = meta::name(&object).to_string();
-            return subresource::bind(engine, call, &pod, &object).await;
+            return subresource::bind(engine, call, &pod, object).await;
         }
         "SelfSubjectReview" => json!({"userInfo": user_value(&call.user)}),
         "SelfSubjectAccessReview" => access(engine, call, &call.user, &object)?,
@@ -39,7 +46,7 @@ pub async fn create(engine: &Engine, call: &Call, mut object: Value) -> Result<R
     Ok(Reply::Object(201, object))
 }
 
-fn user_value(user: &UserInfo) -> Value {
+pub fn user_value(user: &UserInfo) -> Value {
     serde_json::to_value(k8s_openapi::api::authentication::v1::UserInfo::from(user)).unwrap_or_default()
 }
 
@@ -66,14 +73,14 @@ fn access(engine: &Engine, call: &Call, user: &UserInfo, object: &Value) -> Resu
     }
     let text = |value: &'static str| meta::text(resource, value);
     let decision = if resource.is_object() {
-        let mut attributes = Attributes::resource(user, text("verb"), text("group"), text("resource"));
+        let mut attributes = outrigger_access::Attributes::resource(user, text("verb"), text("group"), text("resource"));
         attributes.namespace = text("namespace");
         attributes.api_version = text("version");
         attributes.subresource = text("subresource");
         attributes.name = text("name");
         engine.authorizer.authorize(&attributes)
     } else {
-        engine.authorizer.authorize(&Attributes::path(user, meta::text(path, "verb"), meta::text(path, "path")))
+        engine.authorizer.authorize(&outrigger_access::Attributes::path(user, meta::text(path, "verb"), meta::text(path, "path")))
     };
     let mut status = json!({"allowed": decision.allowed()});
     if matches!(decision, Decision::Deny(_)) {

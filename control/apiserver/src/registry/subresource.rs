@@ -14,7 +14,7 @@ use crate::engine::Engine;
 use crate::proxy;
 use crate::registry::delete::{DeleteOptions, delete};
 use crate::registry::patch::{self, Patch, PatchType};
-use crate::registry::{body_object, cached, check_kind, current, decode_value, in_version, managed, read, read_body, update};
+use crate::registry::{body_object, cached, check_kind, current, decode_value, managed, read, read_body, update, versions};
 use crate::reply::Reply;
 
 pub async fn dispatch(engine: &Arc<Engine>, call: &Call, request: Request) -> Result<Reply, Status> {
@@ -22,7 +22,7 @@ pub async fn dispatch(engine: &Arc<Engine>, call: &Call, request: Request) -> Re
         "scale" => scale_of(engine, call, request).await,
         "binding" => {
             let body = plain_body(call, request, "v1", "Binding").await?;
-            bind(engine, call, &call.info.name, &body).await
+            bind(engine, call, &call.info.name, body).await
         }
         "eviction" => evict(engine, call, request).await,
         "token" => token(engine, call, request).await,
@@ -68,7 +68,7 @@ async fn scale_of(engine: &Arc<Engine>, call: &Call, request: Request) -> Result
     match call.info.verb.as_str() {
         "get" => {
             let entry = current(engine, call, name).await?.ok_or_else(|| call.not_found(name))?;
-            Ok(Reply::Object(200, show(&in_version(&call.resource, &entry))?))
+            Ok(Reply::Object(200, show(&versions::object(engine, &call.resource, &entry).await?)?))
         }
         "update" => {
             let wanted = plain_body(call, request, "autoscaling/v1", "Scale").await?;
@@ -134,7 +134,10 @@ fn scaled(call: &Call, current: &Value, wanted: &Value) -> Result<Value, Status>
 }
 
 /// Assigns a pod to a node.
-pub async fn bind(engine: &Engine, call: &Call, pod: &str, binding: &Value) -> Result<Reply, Status> {
+pub async fn bind(engine: &Engine, call: &Call, pod: &str, mut binding: Value) -> Result<Reply, Status> {
+    engine.fresh().await?;
+    engine.admission.admit(engine, &Attributes::new(call, Operation::Create, pod), &mut binding).await?;
+    let binding = &binding;
     let node = meta::text(binding, "target.name");
     if node.is_empty() {
         let error = FieldError::required("target.name", "");
@@ -148,7 +151,7 @@ pub async fn bind(engine: &Engine, call: &Call, pod: &str, binding: &Value) -> R
     let mut inner = call.derived(pods, "patch", call.namespace(), pod);
     inner.info.subresource = "binding".into();
     let uid = meta::uid(binding).to_string();
-    update::change_as_made(engine, &inner, pod, Operation::Update, |current| {
+    update::change_unchecked(engine, &inner, pod, |current| {
         let conflict = |why: &str| Err(Status::conflict("", "pods/binding", pod, why));
         if !uid.is_empty() && uid != meta::uid(current) {
             return conflict(&format!("Precondition failed: UID in precondition: {uid}, UID in object meta: {}", meta::uid(current)));
@@ -196,12 +199,14 @@ pub fn set_condition(object: &mut Value, mut condition: Value) {
 
 async fn evict(engine: &Engine, call: &Call, request: Request) -> Result<Reply, Status> {
     let name = call.info.name.as_str();
-    let body = plain_body(call, request, "policy/v1", "Eviction").await?;
+    let mut body = plain_body(call, request, "policy/v1", "Eviction").await?;
     let said = meta::name(&body);
     if !said.is_empty() && said != name {
         return Err(Status::bad_request("name in URL does not match name in Eviction object"));
     }
-    let mut options = DeleteOptions { dry_run: call.dry_run, ..Default::default() };
+    engine.fresh().await?;
+    engine.admission.admit(engine, &Attributes::new(call, Operation::Create, name), &mut body).await?;
+    let mut options = DeleteOptions { dry_run: call.dry_run, admitted: true, ..Default::default() };
     if body["deleteOptions"].is_object() {
         options.read(&json!({
             "gracePeriodSeconds": body["deleteOptions"]["gracePeriodSeconds"],
@@ -212,16 +217,6 @@ async fn evict(engine: &Engine, call: &Call, request: Request) -> Result<Reply, 
     }
     let entry = current(engine, call, name).await?.ok_or_else(|| call.not_found(name))?;
     let pod = entry.object();
-    let attributes = Attributes {
-        call,
-        operation: Operation::Create,
-        resource: &call.resource,
-        subresource: "eviction",
-        namespace: call.namespace(),
-        name,
-        old: None,
-    };
-    engine.admission.validate(engine, &attributes, Some(&body)).await?;
     let finished = matches!(meta::text(&pod, "status.phase"), "Succeeded" | "Failed" | "Pending") || meta::is_deleting(&pod);
     if !finished {
         spend_budget(engine, call, &pod, options.dry_run).await?;
@@ -312,6 +307,7 @@ async fn token(engine: &Engine, call: &Call, request: Request) -> Result<Reply, 
     let name = call.info.name.as_str();
     let mut body = plain_body(call, request, "authentication.k8s.io/v1", "TokenRequest").await?;
     let account = current(engine, call, name).await?.ok_or_else(|| call.not_found(name))?.object();
+    engine.admission.admit(engine, &Attributes::new(call, Operation::Create, name), &mut body).await?;
     let invalid = |error: FieldError| Status::invalid("authentication.k8s.io", "TokenRequest", "", &[error]);
     let expiration = meta::get(&body, "spec.expirationSeconds").as_i64().unwrap_or(3600);
     if expiration < 600 {

@@ -1,7 +1,7 @@
 //! UPDATE: optimistic concurrency around a function that makes the new object from the current one.
 
 use jiff::Timestamp;
-use outrigger_api::{FieldError, Status, meta, prepare, validate};
+use outrigger_api::{FieldError, Status, meta, prepare, scale, validate};
 use outrigger_store::{Expect, Op, WriteOutcome};
 use serde_json::Value;
 
@@ -9,7 +9,7 @@ use crate::admission::{Attributes, Operation};
 use crate::call::Call;
 use crate::engine::Engine;
 use crate::registry::create::{create, settle_namespace, time_to_live};
-use crate::registry::{cached, current, definition, in_version, managed, service, store_key, stored_bytes, write};
+use crate::registry::{cached, current, definition, managed, service, store_key, versions, write};
 
 /// How often a write that lost a race is tried again from the newer object.
 const TRIES: usize = 20;
@@ -77,7 +77,7 @@ where
     engine.fresh().await?;
     for _ in 0..TRIES {
         let entry = cached(engine, call, name).ok_or_else(|| call.not_found(name))?;
-        let old = in_version(&call.resource, &entry);
+        let old = versions::object(engine, &call.resource, &entry).await?;
         let new = make(&old)?;
         check_preconditions(call, name, &new, &old)?;
         match step(engine, call, name, operation, new, old, entry.revision).await? {
@@ -88,7 +88,7 @@ where
     Err(Status::modified(&call.resource.group, &call.resource.plural, name))
 }
 
-/// The server's own change of a status, as part of another write: no admission, no validation. Errors of `make` end it.
+/// A change as part of another request that was admitted: no admission, no validation. Errors of `make` end it.
 pub async fn change_unchecked<F>(engine: &Engine, call: &Call, name: &str, mut make: F) -> Result<(), Status>
 where
     F: FnMut(&Value) -> Result<Value, Status>,
@@ -99,7 +99,7 @@ where
         if call.dry_run {
             return Ok(());
         }
-        let op = Op::update(store_key(&call.key(name)), stored_bytes(&call.resource, &new), entry.revision);
+        let op = Op::update(store_key(&call.key(name)), versions::builtin_bytes(&call.resource, &new), entry.revision);
         match write(engine, op).await? {
             WriteOutcome::Done { revision, .. } => return engine.reach(revision).await,
             WriteOutcome::Conflict { revision, .. } => engine.reach(revision).await?,
@@ -143,18 +143,24 @@ async fn step(
     let subresource = call.info.subresource.as_str();
     // A scale or a binding is a change of the object's own spec.
     let sub = (!matches!(subresource, "" | "scale")).then_some(subresource);
-    let attributes = Attributes { call, operation, resource, subresource, namespace: call.namespace(), name, old: Some(&old) };
+    // Admission sees a Scale as what it is.
+    let scale = |object: &Value| (subresource == "scale").then(|| scale::read(resource, object)).flatten();
+    let (scale_before, mut scale_after) = (scale(&old), scale(&new));
+    let attributes = Attributes { old: Some(scale_before.as_ref().unwrap_or(&old)), ..Attributes::new(call, operation, name) };
+    engine.admission.mutate(engine, &attributes, Some(scale_after.as_mut().unwrap_or(&mut new))).await?;
+    if let Some(scale) = &scale_after {
+        scale::write(resource, &mut new, scale)?;
+    }
     service::carry_over(resource, &mut new, &old);
     outrigger_api::default::apply(resource, &mut new);
     prepare::update(resource, sub, &mut new, &old, Timestamp::now());
     definition::settle(engine, call, &mut new);
-    engine.admission.mutate(engine, &attributes, &mut new).await?;
     let errors = validate::update(resource, sub, &new, &old);
     if !errors.is_empty() {
         return Err(call.invalid(name, &errors));
     }
     let allocated = service::on_update(engine, call, &mut new, &old)?;
-    engine.admission.validate(engine, &attributes, Some(&new)).await?;
+    engine.admission.validate(engine, &attributes, Some(scale(&new).as_ref().unwrap_or(&new))).await?;
     meta::set_resource_version(&mut new, meta::resource_version(&old));
     outrigger_api::apply::keep_times(&mut new, &old);
     if call.dry_run {
@@ -169,7 +175,7 @@ async fn step(
     let op = if goes {
         Op::delete(key, Expect::ModRevision(revision))
     } else {
-        Op::update(key, stored_bytes(resource, &new), revision).expiring(time_to_live(resource))
+        Op::update(key, versions::stored_bytes(engine, resource, &new).await?, revision).expiring(time_to_live(resource))
     };
     match write(engine, op).await? {
         WriteOutcome::Done { revision, .. } => {

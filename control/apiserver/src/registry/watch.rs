@@ -21,7 +21,7 @@ use crate::engine::Engine;
 use crate::negotiate::{Encoding, Form};
 use crate::registry::list::Selectors;
 use crate::registry::read::{include_object, parse_revision, partial};
-use crate::registry::{in_version, shown_as_stored};
+use crate::registry::versions;
 use crate::reply::{self, Reply};
 
 /// Changes taken from the ring at once, and the most bytes put together into one chunk.
@@ -83,7 +83,7 @@ pub async fn watch(engine: &Arc<Engine>, call: &Call) -> Result<Reply, Status> {
         engine.reach(from).await?;
     }
     if initial || from.is_none() {
-        watcher.replay_state(initial);
+        watcher.replay_state(initial).await;
     } else if let Err(too_old) = watcher.cache.changes_after(watcher.cursor, 0) {
         // Known before the stream starts: upstream then still answers 200 and sends the error as an event.
         watcher.frame("ERROR", &encode(&Status::too_old_resource_version(watcher.cursor, too_old.oldest).to_value()));
@@ -174,13 +174,13 @@ impl Watcher {
     }
 
     /// All present objects as ADDED events.
-    fn replay_state(&mut self, announce_end: bool) {
+    async fn replay_state(&mut self, announce_end: bool) {
         let reached = self.engine.hub.revision();
         let snapshot = self.cache.range(&self.within, None);
         self.cursor = reached.max(snapshot.last_change);
         for entry in snapshot.entries {
             if self.selectors.matches(&self.resource, &entry) {
-                self.event("ADDED", &entry, None);
+                self.event("ADDED", &entry, None).await;
             }
         }
         if announce_end {
@@ -200,7 +200,7 @@ impl Watcher {
         let Some(last) = changes.last() else { return Ok(Progress::Idle) };
         self.cursor = last.revision;
         for change in &changes {
-            self.change(change);
+            self.change(change).await;
             if self.chunk.len() >= CHUNK {
                 self.flush().await?;
             }
@@ -210,7 +210,7 @@ impl Watcher {
     }
 
     /// One change as this watch's selectors see it: entering the selection is ADDED, leaving it DELETED.
-    fn change(&mut self, change: &Change) {
+    async fn change(&mut self, change: &Change) {
         if !change.object.key.starts_with(self.within.as_str()) {
             return;
         }
@@ -218,24 +218,32 @@ impl Watcher {
         let before = change.previous.as_ref().is_some_and(matches);
         let after = change.kind != ChangeKind::Deleted && matches(&change.object);
         match (before, after) {
-            (false, true) => self.event("ADDED", &change.object, None),
-            (true, true) => self.event("MODIFIED", &change.object, None),
-            (true, false) if change.kind == ChangeKind::Deleted => self.event("DELETED", &change.object, None),
+            (false, true) => self.event("ADDED", &change.object, None).await,
+            (true, true) => self.event("MODIFIED", &change.object, None).await,
+            (true, false) if change.kind == ChangeKind::Deleted => self.event("DELETED", &change.object, None).await,
             (true, false) => {
                 if let Some(previous) = change.previous.clone() {
                     // The last state that matched, at the revision of the change.
-                    self.event("DELETED", &previous, Some(change.revision));
+                    self.event("DELETED", &previous, Some(change.revision)).await;
                 }
             }
             (false, false) => {}
         }
     }
 
-    fn event(&mut self, kind: &str, entry: &Entry, revision: Option<u64>) {
-        if self.form == Form::Plain && shown_as_stored(&self.resource, entry) && revision.is_none() {
+    async fn event(&mut self, kind: &str, entry: &Entry, revision: Option<u64>) {
+        if self.form == Form::Plain && revision.is_none() && versions::is_stored_so(&self.resource, entry) {
             return self.frame(kind, &entry.body.clone());
         }
-        let mut object = in_version(&self.resource, entry);
+        let mut object = match versions::object(&self.engine, &self.resource, entry).await {
+            Ok(object) => object,
+            Err(status) => {
+                // A watch that can't tell a change is over.
+                self.frame("ERROR", &encode(&status.to_value()));
+                self.end = Instant::now();
+                return;
+            }
+        };
         if let Some(revision) = revision {
             outrigger_api::meta::set_resource_version(&mut object, &revision.to_string());
         }
