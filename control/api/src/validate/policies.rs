@@ -246,7 +246,7 @@ pub(super) fn client_config(config: &Place<'_>, found: &mut Findings) {
                 service.at("port").in_range(found, 1, 65535);
             }
             let path = service.at("path");
-            if path.is_set() && !path.text().starts_with('/') {
+            if !path.text().is_empty() && !path.text().starts_with('/') {
                 found.push(path.invalid("must start with a '/'"));
             }
         }
