@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use crate::paths;
 
 /// Crates that do no I/O, and what their manifests may therefore not name.
-const PURE: [&str; 4] = ["control/api", "node-agent/desired", "ebpf/abi", "ebpf/logic"];
+const PURE: [&str; 5] = ["control/api", "control/cel", "node-agent/desired", "ebpf/abi", "ebpf/logic"];
 const IO: [&str; 8] = ["tokio", "nix", "libc", "aya", "kube", "hyper", "rtnetlink", "nftables"];
 
 /// Longest file, in lines, before it has to be cut into rooms of its own.

@@ -23,6 +23,7 @@ pub mod schema;
 pub mod types;
 
 pub mod apply;
+pub mod cel;
 pub mod convert;
 pub mod default;
 pub mod patch;

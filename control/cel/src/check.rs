@@ -66,10 +66,15 @@ impl Checker<'_> {
             },
             Kind::Select { operand, field, optional } => {
                 let optional = *optional;
-                let qualified = qualified(operand).map(|path| format!("{path}.{field}"));
-                if let Some(name) = qualified.filter(|name| TYPES.contains(&name.as_str())) {
-                    expr.kind = Kind::Literal(Value::Type(name.into()));
+                let qualified = qualified(operand).map(|path| format!("{path}.{field}")).unwrap_or_default();
+                if TYPES.contains(&qualified.as_str()) {
+                    expr.kind = Kind::Literal(Value::Type(qualified.into()));
                     return Type::Type;
+                }
+                // A variable's own name may have dots.
+                if let Some(kind) = self.variable(&qualified) {
+                    expr.kind = Kind::Ident(qualified);
+                    return kind;
                 }
                 let kind = self.expr(operand);
                 self.select(at, kind, field, optional)

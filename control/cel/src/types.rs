@@ -6,6 +6,10 @@ use std::sync::Arc;
 pub trait Structure: Send + Sync {
     fn name(&self) -> String;
     fn field(&self, name: &str) -> Option<Type>;
+    /// Whether a value of the other type may stand where this one is wanted.
+    fn accepts(&self, other: &Type) -> bool {
+        matches!(other, Type::Struct(structure) if structure.name() == self.name())
+    }
 }
 
 #[derive(Clone)]
@@ -108,6 +112,7 @@ impl Substitution {
             (Type::List(a), Type::List(b)) | (Type::Optional(a), Type::Optional(b)) => self.accepts(a, b),
             (Type::Map(a, b), Type::Map(c, d)) => self.accepts(a, c) && self.accepts(b, d),
             (Type::Struct(_) | Type::Timestamp | Type::Duration | Type::Opaque(_), Type::Null) => true,
+            (Type::Struct(structure), actual) => structure.accepts(actual),
             (declared, actual) => declared == actual,
         }
     }

@@ -106,7 +106,7 @@ fn conversion(conversion: &Place<'_>, found: &mut Findings) {
     let webhook = conversion.at("webhook");
     match strategy.text() {
         "Webhook" if !webhook.is_set() => found.push(webhook.required("required when strategy is set to Webhook")),
-        "Webhook" => super::policies::client_config(&webhook.at("clientConfig"), found),
+        "Webhook" => super::admission::client_config(&webhook.at("clientConfig"), found),
         _ if webhook.is_set() => found.push(webhook.forbidden("should not be set when strategy is not set to Webhook")),
         _ => {}
     }

@@ -1,5 +1,6 @@
 //! Validation of objects before they are stored: object metadata for every kind, and each kind's own rules.
 mod access;
+mod admission;
 mod config;
 mod containers;
 mod definitions;

@@ -1,8 +1,7 @@
-//! Leases, budgets, autoscalers, priorities, admission webhooks and the rest.
-use std::collections::HashSet;
-
+//! Leases, budgets, autoscalers, priorities and the rest.
 use serde_json::Value;
 
+use super::admission;
 use super::metadata::label_selector;
 use super::place::{Findings, Place};
 use crate::meta::same;
@@ -18,9 +17,7 @@ pub(super) fn kind(resource: &Resource, root: &Place<'_>, found: &mut Findings) 
         ("policy", "PodDisruptionBudget") => disruption_budget(&root.at("spec"), found),
         ("autoscaling", _) => autoscaler(&root.at("spec"), found),
         ("scheduling.k8s.io", "PriorityClass") => priority_class(root, found),
-        ("admissionregistration.k8s.io", "ValidatingWebhookConfiguration" | "MutatingWebhookConfiguration") => webhooks(root, found),
-        ("admissionregistration.k8s.io", "ValidatingAdmissionPolicy") => admission_policy(&root.at("spec"), found),
-        ("admissionregistration.k8s.io", "ValidatingAdmissionPolicyBinding") => policy_binding(&root.at("spec"), found),
+        ("admissionregistration.k8s.io", kind) => admission::kind(kind, root, found),
         ("apiregistration.k8s.io", "APIService") => api_service(root, found),
         ("certificates.k8s.io", "CertificateSigningRequest") => signing_request(&root.at("spec"), found),
         ("node.k8s.io", "RuntimeClass") => root.at("handler").require_format(found, names::dns_label),
@@ -172,114 +169,6 @@ pub(super) fn update_priority_class(root: &Place<'_>, old: &Value, found: &mut F
         found.push(root.at("value").forbidden("may not be changed in an update."));
     }
     root.at("preemptionPolicy").immutable(found, &old["preemptionPolicy"]);
-}
-
-fn webhooks(root: &Place<'_>, found: &mut Findings) {
-    let mut seen = HashSet::new();
-    for hook in root.at("webhooks").items() {
-        let name = hook.at("name");
-        if name.require(found) {
-            let before = found.len();
-            name.check(found, names::dns_subdomain);
-            if found.len() == before && name.text().split('.').count() < 3 {
-                found.push(name.invalid("should be a domain with at least three segments separated by dots"));
-            }
-        }
-        if !seen.insert(name.text()) {
-            found.push(name.duplicate());
-        }
-        for rule in hook.at("rules").items() {
-            webhook_rule(&rule, found);
-        }
-        hook.at("failurePolicy").one_of_if_set(found, &["Fail", "Ignore"]);
-        hook.at("matchPolicy").one_of_if_set(found, &["Equivalent", "Exact"]);
-        hook.at("reinvocationPolicy").one_of_if_set(found, &["IfNeeded", "Never"]);
-        match hook.at("sideEffects") {
-            effects if effects.is_set() => effects.one_of_if_set(found, &["None", "NoneOnDryRun"]),
-            effects => found.push(effects.required("must specify one of None, NoneOnDryRun")),
-        }
-        let timeout = hook.at("timeoutSeconds");
-        if timeout.integer().is_some_and(|seconds| !(1..=30).contains(&seconds)) {
-            found.push(timeout.invalid("the timeout value must be between 1 and 30 seconds"));
-        }
-        label_selector(&hook.at("namespaceSelector"), found);
-        label_selector(&hook.at("objectSelector"), found);
-        if hook.at("admissionReviewVersions").is_empty() {
-            found.push(hook.at("admissionReviewVersions").required("must specify one of v1, v1beta1"));
-        } else if !hook.at("admissionReviewVersions").items().any(|version| matches!(version.text(), "v1" | "v1beta1")) {
-            found.push(hook.at("admissionReviewVersions").invalid("must include at least one of v1, v1beta1"));
-        }
-        client_config(&hook.at("clientConfig"), found);
-    }
-}
-
-fn webhook_rule(rule: &Place<'_>, found: &mut Findings) {
-    for field in ["operations", "apiGroups", "apiVersions", "resources"] {
-        let list = rule.at(field);
-        if list.is_empty() {
-            found.push(list.required(""));
-        }
-        if list.len() > 1 && field != "resources" && list.items().any(|item| item.text() == "*") {
-            found.push(list.invalid("if '*' is present, must not specify other values"));
-        }
-    }
-    for operation in rule.at("operations").items() {
-        operation.one_of_if_set(found, &["*", "CONNECT", "CREATE", "DELETE", "UPDATE"]);
-    }
-    rule.at("scope").one_of_if_set(found, &["*", "Cluster", "Namespaced"]);
-}
-
-/// Where a webhook is called.
-pub(super) fn client_config(config: &Place<'_>, found: &mut Findings) {
-    let (url, service) = (config.at("url"), config.at("service"));
-    match (url.is_set(), service.is_set()) {
-        (true, true) | (false, false) => found.push(config.required("exactly one of url or service is required")),
-        (true, false) => {
-            if !url.text().starts_with("https://") {
-                found.push(url.invalid("'https' is the only allowed URL scheme; desired format: https://host[/path]"));
-            }
-        }
-        (false, true) => {
-            service.at("name").require(found);
-            service.at("namespace").require(found);
-            if service.at("port").is_set() {
-                service.at("port").in_range(found, 1, 65535);
-            }
-            let path = service.at("path");
-            if !path.text().is_empty() && !path.text().starts_with('/') {
-                found.push(path.invalid("must start with a '/'"));
-            }
-        }
-    }
-}
-
-fn admission_policy(spec: &Place<'_>, found: &mut Findings) {
-    if spec.at("matchConstraints").is_set() {
-        if spec.at("matchConstraints.resourceRules").is_empty() {
-            found.push(spec.at("matchConstraints.resourceRules").required(""));
-        }
-        spec.at("matchConstraints.resourceRules").items().for_each(|rule| webhook_rule(&rule, found));
-    } else {
-        found.push(spec.at("matchConstraints").required(""));
-    }
-    spec.at("failurePolicy").one_of_if_set(found, &["Fail", "Ignore"]);
-    if spec.at("validations").is_empty() && spec.at("auditAnnotations").is_empty() {
-        found.push(spec.at("validations").required("validations or auditAnnotations must contain at least one item"));
-    }
-    for validation in spec.at("validations").items() {
-        if validation.at("expression").text().trim().is_empty() {
-            found.push(validation.at("expression").required("expression is not specified"));
-        }
-    }
-}
-
-fn policy_binding(spec: &Place<'_>, found: &mut Findings) {
-    spec.at("policyName").require_format(found, names::dns_subdomain);
-    let actions = spec.at("validationActions");
-    if actions.is_empty() {
-        found.push(actions.required("at least one validation action is required"));
-    }
-    actions.items().for_each(|action| action.one_of_if_set(found, &["Audit", "Deny", "Warn"]));
 }
 
 fn api_service(root: &Place<'_>, found: &mut Findings) {
