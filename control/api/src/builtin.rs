@@ -40,6 +40,10 @@ const ROWS: &[Row] = &[
     ("", "v1", "Secret", "secrets", NAMESPACED, "", "", "", "type"),
     ("", "v1", "Service", "services", NAMESPACED | STATUS | CREATE_ON_UPDATE, "svc", "all", "proxy", "spec.clusterIP spec.type"),
     ("", "v1", "ServiceAccount", "serviceaccounts", NAMESPACED, "sa", "", "token", ""),
+    ("admissionregistration.k8s.io", "v1alpha1", "MutatingAdmissionPolicy", "mutatingadmissionpolicies", GENERATION | CONDITIONAL, "", "api-extensions", "", ""),
+    ("admissionregistration.k8s.io", "v1alpha1", "MutatingAdmissionPolicyBinding", "mutatingadmissionpolicybindings", GENERATION | CONDITIONAL, "", "api-extensions", "", ""),
+    ("admissionregistration.k8s.io", "v1beta1", "MutatingAdmissionPolicy", "mutatingadmissionpolicies", GENERATION | CONDITIONAL, "", "api-extensions", "", ""),
+    ("admissionregistration.k8s.io", "v1beta1", "MutatingAdmissionPolicyBinding", "mutatingadmissionpolicybindings", GENERATION | CONDITIONAL, "", "api-extensions", "", ""),
     ("admissionregistration.k8s.io", "v1", "MutatingWebhookConfiguration", "mutatingwebhookconfigurations", GENERATION | CONDITIONAL, "", "api-extensions", "", ""),
     ("admissionregistration.k8s.io", "v1", "ValidatingAdmissionPolicy", "validatingadmissionpolicies", STATUS | GENERATION | CONDITIONAL, "", "api-extensions", "", ""),
     ("admissionregistration.k8s.io", "v1", "ValidatingAdmissionPolicyBinding", "validatingadmissionpolicybindings", GENERATION | CONDITIONAL, "", "api-extensions", "", ""),
@@ -200,11 +204,12 @@ fn subresource(group: &'static str, version: &'static str, kind: &'static str, n
     }
 }
 
-/// Events of both groups are stored as core/v1, autoscalers as autoscaling/v2.
+/// Events of both groups are stored as core/v1, autoscalers as autoscaling/v2, mutating policies as v1beta1.
 fn storage(group: &'static str, version: &'static str, kind: &'static str) -> GroupVersionKind {
     let (group, version) = match group {
         "events.k8s.io" => ("", "v1"),
         "autoscaling" => ("autoscaling", "v2"),
+        "admissionregistration.k8s.io" if version == "v1alpha1" => (group, "v1beta1"),
         _ => (group, version),
     };
     GroupVersionKind { group: group.into(), version: version.into(), kind: kind.into() }

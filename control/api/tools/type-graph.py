@@ -48,7 +48,7 @@ def go_structs():
     """{(package, Name): [(json name, type, omitempty, inlined, held by value)]} of every types.go that matters."""
     structs = {}
     root = sys.argv[2]
-    patterns = ["api@*/*/v[12]/types*.go", "apimachinery@*/pkg/apis/meta/v1/types.go", "apiextensions-apiserver@*/pkg/apis/apiextensions/v1/types*.go",
+    patterns = ["api@*/*/v[12]/types*.go", "api@*/admissionregistration/v1*/types*.go", "apimachinery@*/pkg/apis/meta/v1/types.go", "apiextensions-apiserver@*/pkg/apis/apiextensions/v1/types*.go",
                 "kube-aggregator@*/pkg/apis/apiregistration/v1/types.go"]
     for path in sorted(file for pattern in patterns for file in glob.glob(root + "/" + pattern)):
         package, current = "/".join(path.split("/")[-3:-1]), None
@@ -113,7 +113,9 @@ def facts(prop, zero):
 todo = []
 for name, definition in defs.items():
     for gvk in definition.get("x-kubernetes-group-version-kind", []):
-        if gvk["version"] in ("v1", "v2") and not gvk["kind"].endswith("List") and identity(name)[1] not in ("APIGroup", "APIResourceList", "WatchEvent", "APIVersions"):
+        # Beyond what is GA, the kinds that are served though upstream has them off by default.
+        served = gvk["version"] in ("v1", "v2") or gvk["kind"].startswith("MutatingAdmissionPolicy")
+        if served and not gvk["kind"].endswith("List") and identity(name)[1] not in ("APIGroup", "APIResourceList", "WatchEvent", "APIVersions"):
             todo.append(name)
 seen, lines = set(), {}
 while todo:

@@ -268,7 +268,7 @@ fn refusal(attributes: &Attributes<'_>) -> String {
     format!("User {user:?} cannot {verb} resource {resource:?} in API group {:?} {scope}", attributes.api_group)
 }
 
-fn field_requirements(selector: &str) -> Vec<FieldRequirement> {
+pub fn field_requirements(selector: &str) -> Vec<FieldRequirement> {
     let terms = selector.split(',').filter(|t| !t.is_empty());
     terms
         .filter_map(|term| {

@@ -83,6 +83,7 @@ impl ApiServer {
         });
         tokio::spawn(feed::follow(store, hub, listeners, stream));
         tokio::spawn(definition::clean_up(Arc::downgrade(&engine)));
+        tokio::spawn(admission::policy::typecheck::run(Arc::downgrade(&engine)));
         bootstrap::run(&engine).await?;
         let services = admission::all(&engine, "", "services", "");
         engine.services.learn(services.iter());

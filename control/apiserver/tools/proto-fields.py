@@ -12,7 +12,7 @@ root, types_path = sys.argv[1], sys.argv[2]
 SCALARS = {"string": "s", "int32": "i", "int64": "i", "uint32": "i", "bool": "b", "double": "d", "bytes": "y"}
 SPECIAL = {"Quantity", "IntOrString", "Time", "MicroTime", "RawExtension", "JSON", "JSONSchemaPropsOrArray", "JSONSchemaPropsOrBool",
            "JSONSchemaPropsOrStringArray", "FieldsV1", "Duration", "Verbs", "ExtraValue"}
-files = [f for pattern in ("api@*/*/v[12]", "apimachinery@*/pkg/apis/meta/v1", "apimachinery@*/pkg/runtime", "apimachinery@*/pkg/util/intstr",
+files = [f for pattern in ("api@*/*/v[12]", "api@*/admissionregistration/v1*", "apimachinery@*/pkg/apis/meta/v1", "apimachinery@*/pkg/runtime", "apimachinery@*/pkg/util/intstr",
                            "apimachinery@*/pkg/api/resource", "apiextensions-apiserver@*/pkg/apis/apiextensions/v1",
                            "kube-aggregator@*/pkg/apis/apiregistration/v1") for f in glob.glob(f"{root}/{pattern}/generated.proto")]
 

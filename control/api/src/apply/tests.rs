@@ -63,7 +63,7 @@ fn conflicts_name_their_owner() {
     let live = apply("one", None, &deployment(json!({"replicas": 1, "paused": true})), false).expect("applies");
     let config = deployment(json!({"replicas": 2, "paused": false}));
     let refused = apply("two", Some(&live), &config, false).expect_err("conflicts");
-    assert_eq!((refused.code, refused.reason), (409, "Conflict"));
+    assert_eq!((refused.code, &*refused.reason), (409, "Conflict"));
     assert_eq!(refused.message, "Apply failed with 2 conflicts: conflicts with \"one\":\n- .spec.paused\n- .spec.replicas");
     let cause = &refused.details.as_ref().expect("details")["causes"][1];
     assert_eq!(*cause, json!({"reason": "FieldManagerConflict", "message": "conflict with \"one\"", "field": ".spec.replicas"}));

@@ -88,6 +88,12 @@ admissionregistration/v1 MutatingWebhook failurePolicy="Fail" matchPolicy="Equiv
 admissionregistration/v1 RuleWithOperations scope="*"
 admissionregistration/v1 NamedRuleWithOperations scope="*"
 admissionregistration/v1 ServiceReference port=443
+admissionregistration/v1alpha1 NamedRuleWithOperations scope="*"
+admissionregistration/v1alpha1 MutatingAdmissionPolicySpec failurePolicy="Fail"
+admissionregistration/v1alpha1 MatchResources matchPolicy="Equivalent" namespaceSelector={} objectSelector={}
+admissionregistration/v1beta1 NamedRuleWithOperations scope="*"
+admissionregistration/v1beta1 MutatingAdmissionPolicySpec failurePolicy="Fail"
+admissionregistration/v1beta1 MatchResources matchPolicy="Equivalent" namespaceSelector={} objectSelector={}
 admissionregistration/v1 ValidatingAdmissionPolicySpec failurePolicy="Fail"
 admissionregistration/v1 MatchResources matchPolicy="Equivalent" namespaceSelector={} objectSelector={}
 apiextensions/v1 ServiceReference port=443

@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::{Attributes, Operation, lookup};
 use crate::engine::Engine;
+use crate::registry::versions::between;
 
 /// The kinds by which admission is configured, which nobody may get in the way of.
 pub fn is_exempt(attributes: &Attributes<'_>) -> bool {
@@ -101,6 +102,42 @@ impl Scope {
         }
         let labelled = |object: &Value| object["metadata"].is_object() && self.objects.matches(meta::get(object, "metadata.labels"));
         [object, attributes.old].into_iter().flatten().any(labelled)
+    }
+}
+
+/// The request as one webhook or policy sees it: in the version that its rules name.
+pub struct View {
+    pub seen: Arc<Resource>,
+    pub object: Option<Value>,
+    pub old: Option<Value>,
+}
+
+impl View {
+    pub async fn new(engine: &Engine, attributes: &Attributes<'_>, seen: Arc<Resource>, object: Option<&Value>) -> Result<Self, Status> {
+        // Subresources with a kind of their own have it in every version.
+        let same = attributes.kind_in(&seen) == attributes.kind_in(attributes.resource);
+        let mut converted = [None, None];
+        for (slot, object) in converted.iter_mut().zip([object, attributes.old]) {
+            *slot = match object {
+                Some(object) if !same => Some(between(engine, attributes.resource, &seen, object.clone()).await?),
+                object => object.cloned(),
+            };
+        }
+        let [object, old] = converted;
+        Ok(Self { seen, object, old })
+    }
+}
+
+/// A patched object as if it had come with the request: unknown fields dropped, defaults filled in.
+pub fn refit(attributes: &Attributes<'_>, seen: &Resource, object: &mut Value) -> Result<(), Status> {
+    let kind = attributes.kind_in(seen);
+    if kind == seen.gvk() {
+        crate::registry::fitted(seen, object)?;
+        outrigger_api::default::apply(seen, object);
+        Ok(())
+    } else {
+        outrigger_api::default::apply_as(&kind.group, &kind.version, &kind.kind, object);
+        Ok(())
     }
 }
 

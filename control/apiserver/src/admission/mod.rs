@@ -3,11 +3,13 @@
 mod certificate;
 mod defaults;
 mod derived;
+mod expressions;
 mod limits;
 mod matching;
 mod namespace;
 mod node;
 mod pod;
+pub mod policy;
 mod priority;
 mod quota;
 mod rbac;
@@ -134,6 +136,7 @@ pub trait Plugin: Send + Sync {
 /// The plugins in upstream's order; behind them what users configure, which may have to wait for others, and the quotas.
 pub struct Chain {
     plugins: Vec<Box<dyn Plugin>>,
+    policies: policy::Policies,
     webhooks: webhook::Webhooks,
 }
 
@@ -153,22 +156,24 @@ impl Default for Chain {
             Box::new(rbac::Escalation),
             Box::new(node::NodeRestriction),
         ];
-        Self { plugins, webhooks: webhook::Webhooks::default() }
+        Self { plugins, policies: policy::Policies::default(), webhooks: webhook::Webhooks::default() }
     }
 }
 
 impl Chain {
-    /// Fills in and changes the object; deletions have none. What a webhook changed is shown once more to everything that may react to it.
+    /// Fills in and changes the object; deletions have none. What policies and webhooks changed is shown once more to all that may react to it.
     pub async fn mutate(&self, engine: &Engine, attributes: &Attributes<'_>, mut object: Option<&mut Value>) -> Result<(), Status> {
-        let mut rounds = webhook::Rounds::default();
+        let (mut policies, mut webhooks) = (webhook::Rounds::default(), webhook::Rounds::default());
         loop {
             if let Some(object) = object.as_deref_mut() {
                 for plugin in &self.plugins {
                     plugin.mutate(engine, attributes, object)?;
                 }
             }
-            self.webhooks.mutate(engine, attributes, object.as_deref_mut(), &mut rounds).await?;
-            if !rounds.again() {
+            self.policies.mutate(engine, attributes, object.as_deref_mut(), &mut policies).await?;
+            self.webhooks.mutate(engine, attributes, object.as_deref_mut(), &mut webhooks).await?;
+            let (by_policies, by_webhooks) = (policies.again(), webhooks.again());
+            if !by_policies && !by_webhooks {
                 return Ok(());
             }
         }
@@ -178,6 +183,7 @@ impl Chain {
         for plugin in &self.plugins {
             plugin.validate(engine, attributes, object)?;
         }
+        self.policies.validate(engine, attributes, object).await?;
         self.webhooks.validate(engine, attributes, object).await?;
         // Last, since it counts what all others have let through.
         quota::charge(engine, attributes, object).await

@@ -3,29 +3,28 @@
 mod review;
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
-use outrigger_api::{Resource, Status, meta, patch};
+use outrigger_api::{Status, meta, patch};
 use serde_json::Value;
-
-use review::Answer;
-pub use review::request;
 
 use super::Attributes;
 use super::derived::Derived;
-use super::matching::{Scope, is_exempt};
+use super::expressions::{Conditions, Inputs, request};
+use super::matching::{Scope, View, is_exempt, refit};
 use crate::engine::Engine;
 use crate::registry::versions::between;
 use crate::webhook::post;
+use review::Answer;
 
 /// One webhook of a configuration.
 struct Hook {
     /// Configuration, name and how often it occurred before: what a second round knows it by.
-    id: (String, String, usize),
+    id: String,
     name: String,
     scope: Scope,
+    conditions: Conditions,
     client: Value,
     limit: Duration,
     /// A webhook that doesn't answer is no obstacle.
@@ -41,9 +40,10 @@ impl Hook {
         let name = meta::text(webhook, "name").to_string();
         let version = meta::items(webhook, "admissionReviewVersions").iter().filter_map(Value::as_str);
         Self {
-            id: (configuration.into(), name.clone(), repetition),
+            id: format!("{configuration}/{name}/{repetition}"),
             name,
             scope: Scope::of_webhook(webhook),
+            conditions: Conditions::of(webhook, false),
             client: webhook["clientConfig"].clone(),
             limit: Duration::from_secs(webhook["timeoutSeconds"].as_u64().unwrap_or(10)),
             ignores_failure: meta::text(webhook, "failurePolicy") == "Ignore",
@@ -59,9 +59,10 @@ fn hooks(configurations: &[Value]) -> Vec<Hook> {
     let mut all: Vec<Hook> = Vec::new();
     for configuration in configurations {
         let own = meta::name(configuration);
+        let before = all.len();
         for webhook in meta::items(configuration, "webhooks") {
             let name = meta::text(webhook, "name");
-            let repetition = all.iter().filter(|hook| hook.id.0 == own && hook.name == name).count();
+            let repetition = all[before..].iter().filter(|hook| hook.name == name).count();
             all.push(Hook::new(own, webhook, repetition));
         }
     }
@@ -96,9 +97,9 @@ pub struct Rounds {
     second: bool,
     changed: bool,
     /// Asked so far, and to be asked again should the object change after that.
-    asked: BTreeSet<(String, String, usize)>,
-    due: BTreeSet<(String, String, usize)>,
-    /// The object when the last webhook had seen it.
+    asked: BTreeSet<String>,
+    due: BTreeSet<String>,
+    /// The object when the last one had seen it.
     left: Option<Value>,
 }
 
@@ -110,32 +111,31 @@ impl Rounds {
         again
     }
 
-    /// A change has happened that those asked before don't know.
-    fn note_change(&mut self) {
-        self.due.append(&mut self.asked);
-    }
-}
-
-/// The request as one webhook sees it: in the version that its rules name.
-struct View {
-    seen: Arc<Resource>,
-    object: Option<Value>,
-    old: Option<Value>,
-}
-
-impl View {
-    async fn new(engine: &Engine, attributes: &Attributes<'_>, seen: Arc<Resource>, object: Option<&Value>) -> Result<Self, Status> {
-        // Subresources with a kind of their own have it in every version.
-        let same = attributes.kind_in(&seen) == attributes.kind_in(attributes.resource);
-        let mut converted = [None, None];
-        for (slot, object) in converted.iter_mut().zip([object, attributes.old]) {
-            *slot = match object {
-                Some(object) if !same => Some(between(engine, attributes.resource, &seen, object.clone()).await?),
-                object => object.cloned(),
-            };
+    /// In the second round, what others have changed meanwhile is news to all.
+    pub fn begin(&mut self, object: Option<&Value>) {
+        if self.second && self.left.as_ref() != object {
+            self.due.append(&mut self.asked);
         }
-        let [object, old] = converted;
-        Ok(Self { seen, object, old })
+    }
+
+    /// Whether it is this one's turn.
+    pub fn asks(&self, id: &str) -> bool {
+        !self.second || self.due.contains(id)
+    }
+
+    /// This one has been asked; a change of its own is news to those before it.
+    pub fn asked(&mut self, id: String, changed: bool, reinvocable: bool) {
+        if changed {
+            self.changed = true;
+            self.due.append(&mut self.asked);
+        }
+        if reinvocable {
+            self.asked.insert(id);
+        }
+    }
+
+    pub fn end(&mut self, object: Option<&Value>) {
+        self.left = object.cloned();
     }
 }
 
@@ -152,28 +152,24 @@ impl Webhooks {
         if hooks.is_empty() || is_exempt(attributes) {
             return Ok(());
         }
-        if rounds.second && rounds.left.as_ref() != object.as_deref() {
-            rounds.note_change();
-        }
+        rounds.begin(object.as_deref());
         for hook in hooks.iter() {
             let Some(seen) = hook.scope.find(engine, attributes, object.as_deref())? else { continue };
-            if rounds.second && !rounds.due.contains(&hook.id) {
+            if !rounds.asks(&hook.id) {
                 continue;
             }
             let view = View::new(engine, attributes, seen, object.as_deref()).await?;
+            if !hook.wants(engine, attributes, &view)? {
+                continue;
+            }
             let changed = match hook.ask(engine, attributes, &view, true).await {
                 Ok(answer) => hook.apply(engine, attributes, answer, view, object.as_deref_mut()).await,
                 Err(failure) => Err(failure),
             };
-            if hook.settle(changed)? == Some(true) {
-                rounds.changed = true;
-                rounds.note_change();
-            }
-            if hook.reinvocable {
-                rounds.asked.insert(hook.id.clone());
-            }
+            let changed = hook.settle(changed)? == Some(true);
+            rounds.asked(hook.id.clone(), changed, hook.reinvocable);
         }
-        rounds.left = object.cloned();
+        rounds.end(object.as_deref());
         Ok(())
     }
 
@@ -186,7 +182,10 @@ impl Webhooks {
         let mut asked = Vec::new();
         for hook in hooks.iter() {
             if let Some(seen) = hook.scope.find(engine, attributes, object)? {
-                asked.push((hook, View::new(engine, attributes, seen, object).await?));
+                let view = View::new(engine, attributes, seen, object).await?;
+                if hook.wants(engine, attributes, &view)? {
+                    asked.push((hook, view));
+                }
             }
         }
         let answers = join_all(asked.iter().map(|(hook, view)| hook.ask(engine, attributes, view, false))).await;
@@ -198,6 +197,14 @@ impl Webhooks {
 }
 
 impl Hook {
+    /// Whether the match conditions hold.
+    fn wants(&self, engine: &Engine, attributes: &Attributes<'_>, view: &View) -> Result<bool, Status> {
+        if self.conditions.is_empty() {
+            return Ok(true);
+        }
+        self.conditions.hold(&Inputs::new(engine, attributes, view, None)).map_err(|why| attributes.forbidden(why))
+    }
+
     /// One review; an answer that allows the request.
     async fn ask(&self, engine: &Engine, attributes: &Attributes<'_>, view: &View, mutating: bool) -> Result<Answer, Failure> {
         if attributes.dry_run && !matches!(self.side_effects.as_deref(), Some("None" | "NoneOnDryRun")) {
@@ -263,18 +270,7 @@ impl Hook {
     }
 }
 
-fn explained(status: Status) -> String {
+pub fn explained(status: Status) -> String {
     let cause = status.details.as_ref().and_then(|details| details["causes"][0]["message"].as_str().map(String::from));
     cause.unwrap_or(status.message)
-}
-
-/// A patched object as if it had come with the request: unknown fields dropped, defaults filled in.
-fn refit(attributes: &Attributes<'_>, seen: &Resource, object: &mut Value) -> Result<(), Status> {
-    let kind = attributes.kind_in(seen);
-    if kind == seen.gvk() {
-        crate::registry::fitted(seen, object).map(drop)
-    } else {
-        outrigger_api::default::apply_as(&kind.group, &kind.version, &kind.kind, object);
-        Ok(())
-    }
 }

@@ -2,45 +2,13 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use outrigger_api::{Resource, Status, meta};
+use outrigger_api::{Status, meta};
 use serde_json::{Value, json};
-
-use crate::admission::Attributes;
 
 /// The versions of the review that are spoken.
 pub const VERSIONS: &[&str] = &["v1", "v1beta1"];
 
 pub const UNKNOWN_VERSIONS: &str = "webhook does not accept known AdmissionReview versions (v1, v1beta1)";
-
-/// The request as seen in `seen`'s version. The same object is CEL's `request`.
-pub fn request(attributes: &Attributes<'_>, seen: &Resource) -> Value {
-    let kind = |resource: &Resource| {
-        let kind = attributes.kind_in(resource);
-        json!({"group": kind.group, "version": kind.version, "kind": kind.kind})
-    };
-    let plural = |resource: &Resource| json!({"group": resource.group, "version": resource.version, "resource": resource.plural});
-    let mut request = json!({
-        "kind": kind(seen),
-        "resource": plural(seen),
-        "requestKind": kind(attributes.resource),
-        "requestResource": plural(attributes.resource),
-        "operation": attributes.operation.name(),
-        "userInfo": crate::registry::review::user_value(&attributes.call.user),
-        "dryRun": attributes.dry_run,
-        "options": attributes.options(),
-    });
-    for (key, value) in [
-        ("subResource", attributes.subresource),
-        ("requestSubResource", attributes.subresource),
-        ("name", attributes.name),
-        ("namespace", attributes.namespace),
-    ] {
-        if !value.is_empty() {
-            request[key] = value.into();
-        }
-    }
-    request
-}
 
 /// The whole review.
 pub fn review(version: &str, uid: &str, mut request: Value, object: Value, old: Value) -> Value {
