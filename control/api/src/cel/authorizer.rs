@@ -48,7 +48,7 @@ pub struct Authorizer {
 }
 
 impl Authorizer {
-    pub fn new(authority: Arc<dyn Authority>) -> Value {
+    pub fn of_requester(authority: Arc<dyn Authority>) -> Value {
         Value::opaque(Authorizer { authority, check: Check::default(), kind: AUTHORIZER })
     }
 
@@ -171,7 +171,7 @@ mod tests {
         let authority = Arc::new(OnlyPods);
         let check = Check { resource: "services".into(), ..Check::default() };
         let bindings = Bindings::from([
-            ("authorizer".to_string(), Authorizer::new(authority.clone())),
+            ("authorizer".to_string(), Authorizer::of_requester(authority.clone())),
             ("authorizer.requestResource".to_string(), Authorizer::for_resource(authority, check)),
         ]);
         for (expression, expected) in [

@@ -75,7 +75,7 @@ impl Inputs {
             ("request", Cel::from(&request(attributes, &view.seen))),
             ("namespaceObject", shown(namespace.map(shown_namespace).as_ref())),
             ("params", Cel::Null),
-            ("authorizer", Authorizer::new(authority.clone())),
+            ("authorizer", Authorizer::of_requester(authority.clone())),
             ("authorizer.requestResource", Authorizer::for_resource(authority, requested(attributes))),
         ];
         Self(bindings.into_iter().map(|(name, value)| (name.to_string(), value)).collect())

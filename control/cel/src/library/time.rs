@@ -27,7 +27,7 @@ pub const TIMES: Library = &[
     ("timestamp.getSeconds(string) -> int", |a| part(a, |t| t.second().into())),
     ("timestamp.getMilliseconds() -> int", |a| part(a, |t| t.millisecond().into())),
     ("timestamp.getMilliseconds(string) -> int", |a| part(a, |t| t.millisecond().into())),
-    ("duration.getHours() -> int", |a| whole(a, 3600_000)),
+    ("duration.getHours() -> int", |a| whole(a, 3_600_000)),
     ("duration.getMinutes() -> int", |a| whole(a, 60_000)),
     ("duration.getSeconds() -> int", |a| whole(a, 1000)),
     ("duration.getMilliseconds() -> int", |a| whole(a, 1)),

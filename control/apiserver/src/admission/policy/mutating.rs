@@ -62,10 +62,9 @@ pub async fn mutate(
         let namespace = namespace(engine, attributes)?;
         rounds.begin(Some(object));
         for invocation in &invocations {
-            if let Err(why) = invocation.run(engine, attributes, object, namespace.as_ref(), rounds).await? {
-                if !invocation.policy.ignores_failure {
-                    denials.push((told(&invocation.policy.name, Some(&invocation.binding.name), &why), true));
-                }
+            let outcome = invocation.run(engine, attributes, object, namespace.as_ref(), rounds).await?;
+            if let Err(why) = outcome.or_else(|why| if invocation.policy.ignores_failure { Ok(()) } else { Err(why) }) {
+                denials.push((told(&invocation.policy.name, Some(&invocation.binding.name), &why), true));
             }
         }
         rounds.end(Some(object));
