@@ -10,6 +10,7 @@ use outrigger_api::{Catalog, Resource, Status};
 use serde_json::{Value, json};
 use sha2_hex::digest;
 
+use crate::aggregator::{self, Group, Remote, groups};
 use crate::body::{Request, Response};
 use crate::cache::encode;
 use crate::engine::Engine;
@@ -33,13 +34,7 @@ pub mod sha2_hex {
     }
 }
 
-pub async fn route(
-    engine: &Arc<Engine>,
-    request: Request,
-    info: &RequestInfo,
-    query: &Query,
-    _user: &UserInfo,
-) -> Result<Response, Status> {
+pub async fn route(engine: &Arc<Engine>, request: Request, info: &RequestInfo, query: &Query, user: &UserInfo) -> Result<Response, Status> {
     let path = info.path.trim_end_matches('/');
     let segments: Vec<&str> = path.split('/').skip(1).collect();
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
@@ -50,11 +45,14 @@ pub async fn route(
     }
     let catalog = engine.catalog();
     match segments.as_slice() {
-        [] | [""] => Ok(reply::json(200, &paths(&catalog))),
-        ["api"] => aggregated_or(&request, || api_versions(engine), || aggregated(&catalog, true)),
-        ["apis"] => aggregated_or(&request, || group_list(&catalog), || aggregated(&catalog, false)),
+        [] | [""] => Ok(reply::json(200, &paths(engine, &catalog))),
+        ["api"] => aggregated_or(&request, || api_versions(engine), || aggregated(engine, &catalog, true)),
+        ["apis"] => aggregated_or(&request, || group_list(engine, &catalog), || aggregated(engine, &catalog, false)),
         ["api", "v1"] => Ok(reply::json(200, &resource_list(&catalog, "", "v1"))),
-        ["apis", group] if catalog.groups().any(|g| g == *group) => Ok(reply::json(200, &group_value(&catalog, group, true))),
+        ["apis", group] => match groups(engine, &catalog).iter().find(|known| known.name == *group) {
+            Some(group) => Ok(reply::json(200, &group_value(group, true))),
+            None => Err(Status::path_not_found()),
+        },
         ["apis", group, version] if catalog.versions(group).contains(version) => {
             Ok(reply::json(200, &resource_list(&catalog, group, version)))
         }
@@ -67,6 +65,11 @@ pub async fn route(
         )),
         ["openapi", "v2"] => engine.openapi.v2(engine, request.headers()).await,
         ["openapi", "v3"] => engine.openapi.index(engine),
+        ["openapi", "v3", "apis", group, version] if engine.aggregator.serves(&catalog, group, version) => {
+            let path = format!("/apis/{group}/{version}");
+            let remote = aggregator::serving(engine, &path).await?.ok_or_else(Status::path_not_found)?;
+            aggregator::pass_on(engine, &remote, user, request).await
+        }
         ["openapi", "v3", rest @ ..] => engine.openapi.document(engine, request.headers(), rest, query).await,
         ["openid", "v1", "jwks"] => Ok(reply::plain(200, "application/jwk-set+json", encode(&engine.tokens.jwks()))),
         [".well-known", "openid-configuration"] => {
@@ -81,11 +84,11 @@ fn known(segments: &[&str]) -> bool {
     matches!(segments.first(), Some(&"api" | &"apis" | &"version" | &"openapi" | &"healthz" | &"livez" | &"readyz"))
 }
 
-fn paths(catalog: &Catalog) -> Value {
+fn paths(engine: &Engine, catalog: &Catalog) -> Value {
     let mut paths = vec!["/.well-known/openid-configuration".to_string(), "/api".into(), "/api/v1".into(), "/apis".into()];
-    for group in catalog.groups().filter(|g| !g.is_empty()) {
-        paths.push(format!("/apis/{group}"));
-        paths.extend(catalog.versions(group).iter().map(|version| format!("/apis/{group}/{version}")));
+    for group in groups(engine, catalog) {
+        paths.push(format!("/apis/{}", group.name));
+        paths.extend(group.versions.iter().map(|(version, _)| format!("/apis/{}/{version}", group.name)));
     }
     for path in ["/healthz", "/livez", "/metrics", "/openapi/v2", "/openapi/v3", "/openid/v1/jwks", "/readyz", "/version"] {
         paths.push(path.into());
@@ -125,52 +128,23 @@ fn api_versions(engine: &Engine) -> Value {
     json!({"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": [{"clientCIDR": "0.0.0.0/0", "serverAddress": address}]})
 }
 
-fn group_list(catalog: &Catalog) -> Value {
-    let groups: Vec<Value> = ordered_groups(catalog).into_iter().map(|group| group_value(catalog, group, false)).collect();
+fn group_list(engine: &Engine, catalog: &Catalog) -> Value {
+    let groups: Vec<Value> = groups(engine, catalog).iter().map(|group| group_value(group, false)).collect();
     json!({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups})
 }
 
-/// Built-in groups in upstream's order of priority, then custom ones by name.
-fn ordered_groups(catalog: &Catalog) -> Vec<&str> {
-    const ORDER: &[&str] = &[
-        "apiregistration.k8s.io",
-        "apps",
-        "events.k8s.io",
-        "authentication.k8s.io",
-        "authorization.k8s.io",
-        "autoscaling",
-        "batch",
-        "certificates.k8s.io",
-        "networking.k8s.io",
-        "policy",
-        "rbac.authorization.k8s.io",
-        "storage.k8s.io",
-        "admissionregistration.k8s.io",
-        "apiextensions.k8s.io",
-        "scheduling.k8s.io",
-        "coordination.k8s.io",
-        "node.k8s.io",
-        "discovery.k8s.io",
-        "resource.k8s.io",
-        "flowcontrol.apiserver.k8s.io",
-    ];
-    let mut groups: Vec<&str> = catalog.groups().filter(|g| !g.is_empty()).collect();
-    groups.sort_by_key(|group| ORDER.iter().position(|known| known == group).unwrap_or(ORDER.len()));
-    groups
-}
-
-fn group_value(catalog: &Catalog, group: &str, alone: bool) -> Value {
-    let versions: Vec<Value> = catalog
-        .versions(group)
-        .into_iter()
-        .map(|version| json!({"groupVersion": format!("{group}/{version}"), "version": version}))
+fn group_value(group: &Group, alone: bool) -> Value {
+    let versions: Vec<Value> = group
+        .versions
+        .iter()
+        .map(|(version, _)| json!({"groupVersion": format!("{}/{version}", group.name), "version": version}))
         .collect();
     let preferred = versions.first().cloned().unwrap_or_default();
     let mut value = json!({});
     if alone {
         value = json!({"kind": "APIGroup", "apiVersion": "v1"});
     }
-    value["name"] = group.into();
+    value["name"] = group.name.as_str().into();
     value["versions"] = versions.into();
     value["preferredVersion"] = preferred;
     value
@@ -271,24 +245,31 @@ fn aggregated_or(request: &Request, plain: impl Fn() -> Value, whole: impl Fn() 
     }
 }
 
-fn aggregated(catalog: &Catalog, core: bool) -> Value {
-    let groups: Vec<&str> = if core { vec![""] } else { ordered_groups(catalog) };
-    let items: Vec<Value> = groups
-        .into_iter()
-        .map(|group| {
-            let versions: Vec<Value> = catalog
-                .versions(group)
-                .into_iter()
-                .map(|version| {
-                    let resources: Vec<Value> = catalog.resources(group, version).map(|r| discovered(r)).collect();
-                    json!({"version": version, "resources": resources, "freshness": "Current"})
-                })
-                .collect();
-            let metadata =
-                if group.is_empty() { json!({"creationTimestamp": null}) } else { json!({"name": group, "creationTimestamp": null}) };
-            json!({"metadata": metadata, "versions": versions})
-        })
-        .collect();
+fn aggregated(engine: &Engine, catalog: &Catalog, core: bool) -> Value {
+    let core_group = || Group { name: String::new(), versions: catalog.versions("").into_iter().map(|v| (v.to_string(), None)).collect() };
+    let groups = if core { vec![core_group()] } else { groups(engine, catalog) };
+    let found = engine.aggregator.found();
+    let version_value = |group: &str, version: &str, remote: Option<&Remote>| match remote {
+        None => {
+            let resources: Vec<Value> = catalog.resources(group, version).map(|r| discovered(r)).collect();
+            json!({"version": version, "resources": resources, "freshness": "Current"})
+        }
+        // Of a server that doesn't answer the last answer is shown.
+        Some(remote) => {
+            let resources = found.get(&remote.name).map(|found| found.resources.clone()).unwrap_or_default();
+            json!({"version": version, "resources": resources, "freshness": if remote.is_available() { "Current" } else { "Stale" }})
+        }
+    };
+    let items = groups.iter().map(|group| {
+        let versions: Vec<Value> =
+            group.versions.iter().map(|(version, remote)| version_value(&group.name, version, remote.as_deref())).collect();
+        let mut metadata = json!({"creationTimestamp": null});
+        if !group.name.is_empty() {
+            metadata["name"] = group.name.as_str().into();
+        }
+        json!({"metadata": metadata, "versions": versions})
+    });
+    let items: Vec<Value> = items.collect();
     json!({"kind": "APIGroupDiscoveryList", "apiVersion": "apidiscovery.k8s.io/v2", "metadata": {}, "items": items})
 }
 

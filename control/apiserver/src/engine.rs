@@ -16,6 +16,7 @@ use outrigger_api::{Catalog, Resource, Status};
 use outrigger_store::Store;
 
 use crate::admission;
+use crate::aggregator::{self, Aggregator};
 use crate::body::{Request, Response};
 use crate::cache::Hub;
 use crate::call::Call;
@@ -49,6 +50,7 @@ pub struct Engine {
     pub admission: admission::Chain,
     pub kubelets: Kubelets,
     pub openapi: OpenApi,
+    pub aggregator: Arc<Aggregator>,
     pub metrics: Metrics,
     pub started: Instant,
     pub ready: std::sync::atomic::AtomicBool,
@@ -120,6 +122,9 @@ impl Engine {
         let user = self.identify(&mut request, &info).await?;
         let user = self.impersonate(&request, user)?;
         self.authorize(&user, &info, query.text("fieldSelector"))?;
+        if let Some(remote) = aggregator::serving(self, &info.path).await? {
+            return aggregator::pass_on(self, &remote, &user, request).await;
+        }
         if !info.is_resource {
             return discovery::route(self, request, &info, &query, &user).await;
         }

@@ -6,6 +6,8 @@ pub enum StartError {
     Tls(String),
     #[error("TLS: {0}")]
     Rustls(#[from] rustls::Error),
+    #[error("TLS of the proxies: {0}")]
+    Proxy(#[from] crate::proxy::TlsError),
     #[error("certificates: {0}")]
     Pki(#[from] outrigger_access::pki::PkiError),
     #[error("service account tokens: {0}")]

@@ -5,6 +5,7 @@
 #![allow(clippy::result_large_err, reason = "only a start that fails returns the large error, and it ends the process")]
 
 pub mod admission;
+pub mod aggregator;
 pub mod body;
 pub mod bootstrap;
 pub mod cache;

@@ -17,6 +17,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::admission;
+use crate::aggregator::{self, Aggregator, AggregatorListener};
 use crate::body::{ReqBody, boxed};
 use crate::cache::{Hub, split_key};
 use crate::config::Config;
@@ -46,10 +47,12 @@ impl ApiServer {
         let rbac = Arc::new(RbacIndex::new());
         let node_graph = Arc::new(NodeGraph::new());
         let catalog = Arc::new(RwLock::new(Arc::new(catalog)));
+        let aggregator = Arc::new(Aggregator::new(config.pki.front_proxy_client().clone()));
         let listeners: Vec<Arc<dyn Listener>> = vec![
             Arc::new(RbacListener(rbac.clone())),
             Arc::new(NodeListener(node_graph.clone())),
             Arc::new(CatalogListener(catalog.clone())),
+            Arc::new(AggregatorListener(aggregator.clone())),
         ];
         let stream = feed::load(&store, &hub, &listeners).await?;
         let tokens = Arc::new(TokenIssuer::new(config.pki.service_account_key_pem(), &config.issuer, config.api_audiences.clone())?);
@@ -76,6 +79,7 @@ impl ApiServer {
             services,
             admission: admission::Chain::default(),
             openapi: OpenApi::default(),
+            aggregator,
             metrics: Metrics::default(),
             started,
             ready: false.into(),
@@ -88,6 +92,8 @@ impl ApiServer {
         let services = admission::all(&engine, "", "services", "");
         engine.services.learn(services.iter());
         engine.ready.store(true, Ordering::Release);
+        tokio::spawn(aggregator::local::register(Arc::downgrade(&engine)));
+        tokio::spawn(aggregator::available::watch(Arc::downgrade(&engine)));
         tracing::info!(elapsed = ?started.elapsed(), revision = engine.hub.revision(), "API server ready");
         Ok(Self { engine, stop })
     }

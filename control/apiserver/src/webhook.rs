@@ -145,7 +145,7 @@ fn trust(bundle: &str) -> Result<Arc<ClientConfig>, CallError> {
 }
 
 /// The bundles of the distributions, as Go looks for them.
-fn system_roots() -> Vec<CertificateDer<'static>> {
+pub fn system_roots() -> Vec<CertificateDer<'static>> {
     const FILES: &[&str] =
         &["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem"];
     let found = FILES.iter().find_map(|file| CertificateDer::pem_file_iter(file).ok());

@@ -17,6 +17,7 @@ use http::header::{ACCEPT, ACCEPT_ENCODING, CACHE_CONTROL, CONTENT_ENCODING, CON
 use outrigger_api::{Catalog, Status};
 use serde_json::{Value, json};
 
+use crate::aggregator::AllFound;
 use crate::body::Response;
 use crate::cache::encode;
 use crate::discovery::sha2_hex::digest;
@@ -54,6 +55,8 @@ impl Document {
 /// The documents of one state of the table of kinds.
 struct Edition {
     catalog: Arc<Catalog>,
+    /// What aggregated servers add.
+    others: Arc<AllFound>,
     /// By path below /openapi/v3: `api/v1`, `apis/apps/v1`.
     v3: BTreeMap<String, Arc<Document>>,
     index: Bytes,
@@ -75,12 +78,12 @@ fn path_of(group: &str, version: &str) -> String {
 impl OpenApi {
     /// The documents for the kinds served now.
     fn edition(&self, engine: &Engine) -> Arc<Edition> {
-        let catalog = engine.catalog();
+        let (catalog, others) = (engine.catalog(), engine.aggregator.found());
         let mut edition = self.edition.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(known) = edition.as_ref().filter(|known| Arc::ptr_eq(&known.catalog, &catalog)) {
+        if let Some(known) = edition.as_ref().filter(|known| Arc::ptr_eq(&known.catalog, &catalog) && Arc::ptr_eq(&known.others, &others)) {
             return known.clone();
         }
-        let next = Arc::new(Edition::new(catalog, edition.as_deref(), &engine.config.git_version));
+        let next = Arc::new(Edition::new(catalog, others, edition.as_deref(), &engine.config.git_version));
         *edition = Some(next.clone());
         next
     }
@@ -110,9 +113,9 @@ impl OpenApi {
 
     pub async fn v2(&self, engine: &Engine, headers: &HeaderMap) -> Result<Response, Status> {
         let edition = self.edition(engine);
-        let (catalog, builtin) = (edition.catalog.clone(), self.builtin_v2.clone());
+        let (catalog, others, builtin) = (edition.catalog.clone(), edition.others.clone(), self.builtin_v2.clone());
         let git_version = engine.config.git_version.clone();
-        let make = move || swagger::build(&catalog, builtin.get_or_init(|| swagger::Part::builtin(&git_version)), &git_version);
+        let make = move || swagger::build(&catalog, builtin.get_or_init(|| swagger::Part::builtin(&git_version)), &others, &git_version);
         let json = edition.v2.bytes(make).await?;
         if !wants_protobuf(header_text(headers, &ACCEPT)) {
             return send(headers, &edition.v2.hash, "application/json", json);
@@ -135,7 +138,7 @@ fn wants_protobuf(accept: &str) -> bool {
 
 impl Edition {
     /// Documents whose content is the same as in the edition before are taken over with their bytes.
-    fn new(catalog: Arc<Catalog>, before: Option<&Edition>, git_version: &str) -> Self {
+    fn new(catalog: Arc<Catalog>, others: Arc<AllFound>, before: Option<&Edition>, git_version: &str) -> Self {
         let mut v3 = BTreeMap::new();
         for group in catalog.groups() {
             for version in catalog.versions(group) {
@@ -145,16 +148,25 @@ impl Edition {
                 v3.insert(path, known.cloned().unwrap_or_else(|| Document::new(hash)));
             }
         }
-        let all: String = v3.iter().map(|(path, document)| format!("{path} {}\n", document.hash)).collect();
+        let own = v3.iter().map(|(path, document)| format!("{path} {}\n", document.hash));
+        let foreign = others.iter().map(|(name, found)| format!("{name} {}\n", digest(format!("{found:?}").as_bytes())));
+        let all: String = own.chain(foreign).collect();
         let paths: serde_json::Map<String, Value> =
             v3.iter().map(|(path, document)| (path.clone(), location(path, &document.hash))).collect();
         let mut index = json!({"paths": paths});
+        for found in others.values() {
+            let location = found.openapi_v3.as_deref().and_then(|url| Some((url, url.strip_prefix("/openapi/v3/")?.split('?').next()?)));
+            if let Some((url, path)) = location.filter(|(_, path)| !v3.contains_key(*path)) {
+                index["paths"][path] = json!({"serverRelativeURL": url});
+            }
+        }
         index["paths"]["version"] = location("version", &digest(git_version.as_bytes()));
         Self {
             index: encode(&index),
             v2: Document::new(digest(all.as_bytes())),
             v2_protobuf: Document::new(digest(format!("protobuf\n{all}").as_bytes())),
             catalog,
+            others,
             v3,
         }
     }

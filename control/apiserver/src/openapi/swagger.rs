@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::document::{self, REF};
 use super::gunzip;
+use crate::aggregator::AllFound;
 use crate::cache::encode;
 use crate::reply::gzip;
 
@@ -27,9 +28,14 @@ fn inner(map: Map<String, Value>) -> Vec<u8> {
     text[1..text.len() - 1].to_vec()
 }
 
-pub fn build(catalog: &Catalog, builtin: &Part, git_version: &str) -> Vec<u8> {
+/// `others` are the parts of aggregated servers.
+pub fn build(catalog: &Catalog, builtin: &Part, others: &AllFound, git_version: &str) -> Vec<u8> {
     let is_custom = |resource: &Resource| resource.custom.is_some();
-    let (definitions, paths) = members(catalog, git_version, is_custom);
+    let (mut definitions, mut paths) = members(catalog, git_version, is_custom);
+    for found in others.values() {
+        definitions.extend(found.definitions.clone());
+        paths.extend(found.paths.clone());
+    }
     let head = json!({"swagger": "2.0", "info": {"title": "Kubernetes", "version": git_version}}).to_string();
     let mut out = head.as_bytes()[..head.len() - 1].to_vec();
     for (name, fixed, custom) in [("definitions", &builtin.definitions, definitions), ("paths", &builtin.paths, paths)] {
@@ -56,19 +62,18 @@ fn members(catalog: &Catalog, git_version: &str, wanted: impl Fn(&Resource) -> b
                 continue;
             }
             let mut document = document::build(catalog, group, version, git_version);
-            let custom: Vec<String> = resources
+            let names: Vec<String> = resources
                 .iter()
                 .filter(|resource| resource.custom.is_some())
                 .flat_map(|resource| [document::definition_name(resource), document::list_name(resource)])
                 .collect();
             if let Value::Object(schemas) = document["components"]["schemas"].take() {
-                for (name, mut schema) in schemas {
-                    if custom.contains(&name) {
-                        structural(&mut schema);
-                    } else if !custom.is_empty() {
-                        continue;
+                for (name, schema) in schemas {
+                    match (names.is_empty(), names.contains(&name)) {
+                        (true, _) => drop(definitions.insert(name, downgrade(schema))),
+                        (_, true) => drop(definitions.insert(name, downgrade(custom(schema)))),
+                        _ => {}
                     }
-                    definitions.insert(name, downgrade(schema));
                 }
             }
             if let Value::Object(found) = document["paths"].take() {
@@ -80,6 +85,20 @@ fn members(catalog: &Catalog, git_version: &str, wanted: impl Fn(&Resource) -> b
 }
 
 /// A custom resource's schema as kubectl can bear it in v2: what is nullable or keeps unknown fields has no type and no inside.
+fn custom(schema: Value) -> Value {
+    if schema["x-kubernetes-preserve-unknown-fields"] != true {
+        let mut schema = schema;
+        structural(&mut schema);
+        return schema;
+    }
+    // Named fields would forbid all others.
+    let mut free = json!({"type": "object"});
+    if let Some(kinds) = schema.get("x-kubernetes-group-version-kind") {
+        free["x-kubernetes-group-version-kind"] = kinds.clone();
+    }
+    free
+}
+
 fn structural(schema: &mut Value) {
     let Some(map) = schema.as_object_mut() else { return };
     for key in ["oneOf", "anyOf", "allOf", "not"] {
@@ -207,7 +226,7 @@ mod tests {
             "names": {"plural": "foos", "singular": "foo", "kind": "Foo", "listKind": "FooList"},
             "versions": [{"name": "v1", "served": true, "storage": true, "schema": {"openAPIV3Schema": {"type": "object", "properties": {"spec": {"type": "integer"}}}}}]}});
         outrigger_api::custom::resources(&definition).into_iter().for_each(|resource| catalog.insert(resource));
-        let text = build(&catalog, &Part::builtin("v1"), "v1");
+        let text = build(&catalog, &Part::builtin("v1"), &AllFound::default(), "v1");
         let document: Value = serde_json::from_slice(&text).unwrap();
         assert_eq!(document["definitions"]["io.x.v1.Foo"]["properties"]["spec"], json!({"type": "integer"}));
         let metadata = &document["definitions"]["io.x.v1.Foo"]["properties"]["metadata"];

@@ -9,10 +9,22 @@ use outrigger_access::pki::Identity;
 use rustls::ClientConfig;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{DigitallySignedStruct, SignatureScheme};
+use rustls::{DigitallySignedStruct, RootCertStore, SignatureScheme};
 
 use crate::error::StartError;
+
+/// Why a client's TLS cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    #[error("trusted certificates: {0}")]
+    Pem(#[from] rustls::pki_types::pem::Error),
+    #[error(transparent)]
+    Tls(#[from] rustls::Error),
+    #[error(transparent)]
+    Identity(#[from] outrigger_access::pki::PkiError),
+}
 
 /// How kubelets are reached: with the server's client certificate, trusting whatever certificate they serve with, as upstream does
 /// unless it is given their CA.
@@ -24,20 +36,38 @@ pub struct Kubelets {
 
 impl Kubelets {
     pub fn new(identity: &Identity) -> Result<Self, StartError> {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let verifier = Arc::new(AnyServer(provider.clone()));
-        let builder = || {
-            let builder = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()?;
-            Ok::<_, rustls::Error>(builder.dangerous().with_custom_certificate_verifier(verifier.clone()))
-        };
-        let (chain, key) = identity.rustls_parts()?;
-        let mut tls = builder()?.with_client_auth_cert(chain, key)?;
-        let mut anonymous_tls = builder()?.with_no_client_auth();
-        for config in [&mut tls, &mut anonymous_tls] {
-            config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        }
+        let (tls, anonymous_tls) = (client_tls(None, Some(identity))?, client_tls(None, None)?);
         Ok(Self { tls: Arc::new(tls), anonymous_tls: Arc::new(anonymous_tls) })
     }
+}
+
+/// TLS of a client of HTTP/1.1: `authorities` (PEM) are trusted, the system's if that is empty, or any server without them; `identity` is
+/// shown to it.
+pub fn client_tls(authorities: Option<&[u8]>, identity: Option<&Identity>) -> Result<ClientConfig, TlsError> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()?;
+    let builder = match authorities {
+        Some(pem) => {
+            let mut roots = RootCertStore::empty();
+            if pem.trim_ascii().is_empty() {
+                roots.add_parsable_certificates(crate::webhook::system_roots());
+            }
+            for certificate in CertificateDer::pem_slice_iter(pem) {
+                roots.add(certificate?)?;
+            }
+            builder.with_root_certificates(roots)
+        }
+        None => builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyServer(provider))),
+    };
+    let mut config = match identity {
+        Some(identity) => {
+            let (chain, key) = identity.rustls_parts()?;
+            builder.with_client_auth_cert(chain, key)?
+        }
+        None => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(config)
 }
 
 /// Checks the handshake's signatures but not who signed the certificate.
