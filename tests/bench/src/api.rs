@@ -144,7 +144,7 @@ pub fn filler(number: u32, endpoints: u32, real: bool) -> (Service, EndpointSlic
 }
 
 /// Creates the nodes and the Service that is measured.
-pub async fn prepare(client: Client, nodes: &[&str]) -> Result<()> {
+pub async fn prepare(client: Client, nodes: &[String]) -> Result<()> {
     let api: Api<Node> = Api::all(client.clone());
     for name in nodes {
         let node = node(name);

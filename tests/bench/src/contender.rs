@@ -32,6 +32,11 @@ impl Contender {
         }
     }
 
+    /// Its Node; another in every run, since what is pinned for a node outlives its agent.
+    pub fn node(self) -> String {
+        format!("bench-{}-{}", std::process::id(), self.name())
+    }
+
     pub fn is_ours(self) -> bool {
         matches!(self, Self::Ebpf | Self::Nftables | Self::Userspace)
     }
@@ -79,10 +84,11 @@ impl Entrant {
         } else {
             let mode = name.trim_start_matches("kube-proxy-");
             command.args(["--proxy-mode", mode, "--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0"]);
-            command.args(["--conntrack-tcp-timeout-close-wait=0"]);
+            // By nftables it serves NodePorts at the primary address only, unless told otherwise.
+            command.args(["--conntrack-tcp-timeout-close-wait=0", "--nodeport-addresses=0.0.0.0/0"]);
         }
         command.arg("--kubeconfig").arg(&self.kubeconfig);
-        command.args(["--hostname-override", name, "--cluster-cidr", CLUSTER_CIDR]);
+        command.args(["--hostname-override", &self.contender.node(), "--cluster-cidr", CLUSTER_CIDR]);
         let log = std::fs::File::options().create(true).append(true).open(self.bed.directory.join("agent.log"))?;
         let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn();
         self.bed.agent = Some(Running(child.with_context(|| format!("start {}", program.display()))?));
@@ -145,6 +151,14 @@ impl Entrant {
         let mut client = self.bed.plain(place, std::env::current_exe()?)?;
         client.args(["connect-request-response", "--to", to, "--millis", "1"]);
         Ok(client.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()?.success())
+    }
+}
+
+impl Drop for Entrant {
+    fn drop(&mut self) {
+        self.bed.agent = None;
+        // There is none where eBPF was never in use.
+        let _ = std::fs::remove_dir_all(Path::new("/sys/fs/bpf/outrigger").join(self.contender.node()));
     }
 }
 

@@ -74,7 +74,7 @@ fn about(options: &Dataplane) -> String {
 
 fn measure(options: &Dataplane, directory: &std::path::Path, report: &mut Report) -> Result<()> {
     let hub = Hub::start(&options.binaries, directory)?;
-    let names: Vec<&str> = options.contenders.iter().map(|contender| contender.name()).collect();
+    let names: Vec<String> = options.contenders.iter().map(|contender| contender.node()).collect();
     hub.with(async |client| api::prepare(client, &names).await)?;
     let programs = Programs { binaries: options.binaries.clone(), kube_proxy: options.kube_proxy.clone() };
     let mut entrants = Vec::new();
