@@ -110,8 +110,10 @@ async fn collect_images(host: &Host, unused_since: &mut HashMap<String, Instant>
     else {
         return;
     };
+    let sandbox_image = host.cri.sandbox_image().await;
     let in_use = |image: &v1::Image| {
         image.pinned
+            || sandbox_image.as_ref().is_some_and(|name| image.repo_tags.contains(name))
             || containers.iter().any(|container| container.image_ref == image.id || image.repo_digests.contains(&container.image_ref))
     };
     let unused: Vec<&v1::Image> = images.iter().filter(|image| !in_use(image)).collect();

@@ -92,6 +92,14 @@ impl Cri {
         call("Status", CALL_TIMEOUT, self.runtime().status(v1::StatusRequest { verbose: false })).await
     }
 
+    /// The image that every sandbox is made of, where the runtime tells: containerd before 2.0 doesn't call it pinned.
+    pub async fn sandbox_image(&self) -> Option<String> {
+        let request = v1::StatusRequest { verbose: true };
+        let status = call("Status", CALL_TIMEOUT, self.runtime().status(request)).await.ok()?;
+        let config: serde_json::Value = serde_json::from_str(status.info.get("config")?).ok()?;
+        Some(config.get("sandboxImage")?.as_str()?.to_owned())
+    }
+
     pub async fn run_sandbox(&self, config: v1::PodSandboxConfig, runtime_handler: String) -> Result<String> {
         let request = v1::RunPodSandboxRequest { config: Some(config), runtime_handler };
         // The network plugin may take its time.
