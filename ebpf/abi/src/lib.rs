@@ -8,7 +8,9 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Bumped when a layout or a meaning changes: pinned maps of another version aren't adopted.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
+/// Stands in the object that the programs are built to, so that an agent knows an object of another version.
+pub const MARKER: [u8; 16] = *b"outrigger-abi-3\0";
 
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
@@ -187,6 +189,8 @@ pub mod frontend_flags {
     pub const SOURCE_RANGES: u32 = 1 << 5;
     /// A cluster-internal address: clients from outside are served, but it's no node or load balancer address.
     pub const CLUSTER_IP: u32 = 1 << 6;
+    /// The node's own processes aren't among those whom `source_ranges` lets connect.
+    pub const NODE_REFUSED: u32 = 1 << 7;
 }
 
 /// Element of the array `slots`: one backend of one set.
@@ -371,7 +375,26 @@ pub mod flow_flags {
     pub const CLOSED: u32 = 1 << 3;
 }
 
-/// Value of the map `uplinks`, keyed by interface index: an interface that traffic from outside arrives on.
+/// Key of the map `fragments`: by it all parts of a datagram are known.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Fragment {
+    pub src: Addr,
+    pub dst: Addr,
+    pub id: u32,
+    pub protocol: u32,
+}
+
+/// Value of the map `fragments`: what only a datagram's first part has.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Ports {
+    pub sport: Port,
+    pub dport: Port,
+}
+
+/// Value of the map `uplinks`, keyed by interface index: an interface that traffic from outside arrives on. Index 0 is the node as a
+/// whole.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Uplink {
@@ -403,6 +426,8 @@ const _: () = {
     assert!(size_of::<Affinity>() == 40);
     assert!(size_of::<Tuple>() == 40);
     assert!(size_of::<Flow>() == 64);
+    assert!(size_of::<Fragment>() == 40);
+    assert!(size_of::<Ports>() == 4);
     assert!(size_of::<Uplink>() == 32);
     assert!(size_of::<Counters>() == 16);
 };
@@ -425,6 +450,12 @@ mod tests {
         assert_eq!(Addr::from(v6).ip(), v6);
         assert!(!Addr::from(v6).is_v4());
         assert_eq!(Addr::from(v6).node(), Addr::NODE_V6);
+    }
+
+    #[test]
+    fn the_marker_names_the_version() {
+        let marker = std::str::from_utf8(&MARKER).unwrap().trim_end_matches('\0');
+        assert_eq!(marker, std::format!("outrigger-abi-{VERSION}"));
     }
 
     #[test]

@@ -24,6 +24,8 @@ pub struct Fake {
     pub sources: HashSet<(u32, Addr)>,
     pub affinity: RefCell<HashMap<AffinityKey, Affinity>>,
     pub datagrams: RefCell<HashMap<DatagramKey, Datagram>>,
+    /// The node's address on the way to others than itself.
+    pub source: Addr,
     pub flows: RefCell<HashMap<Tuple, Flow>>,
     pub random: Cell<u32>,
     pub now: Cell<u64>,
@@ -100,6 +102,9 @@ impl Socket for Fake {
 }
 
 impl Flows for Fake {
+    fn source_towards(&self, _from: &Addr, _to: &Addr) -> Addr {
+        self.source
+    }
     fn flow(&self, tuple: &Tuple) -> Option<&Flow> {
         self.flows.borrow().get(tuple).map(|flow| &*Box::leak(Box::new(*flow)))
     }

@@ -1,4 +1,5 @@
-//! What becomes of a packet that no socket hook saw: one from outside, to a node port or a load balancer's address.
+//! What becomes of a packet that no socket hook saw: one from outside to a node port or a load balancer's address, or one of a pod whose
+//! sockets can't be led.
 //!
 //! Both directions of a connection are kept as flows: what the packet's addresses are, and what they become. A backend on this
 //! node gets the client's own address, and its answers are renamed on their way out. A backend elsewhere gets the node's address as
@@ -30,6 +31,19 @@ pub trait Flows {
     fn remove_flow(&self, tuple: &Tuple);
     /// Adds flags to a flow; the flags that it has then, 0 when it is gone.
     fn mark(&self, tuple: &Tuple, flags: u32) -> u32;
+    /// The node's address on the way from one to the other; all zero when the way has none.
+    fn source_towards(&self, from: &Addr, to: &Addr) -> Addr;
+}
+
+/// What of a packet there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// All of it, or the first fragment.
+    Whole,
+    /// A later fragment.
+    Later,
+    /// An ICMP error about a packet; the tuple is the one of that packet's answer, since both go the same way.
+    Error,
 }
 
 /// What is read of a packet.
@@ -38,12 +52,13 @@ pub struct Packet {
     pub tuple: Tuple,
     /// TCP's flags; 0 for UDP.
     pub tcp: u8,
+    pub part: Part,
 }
 
 impl Packet {
     #[inline(always)]
     const fn opens(&self) -> bool {
-        self.tuple.protocol != TCP || self.tcp & (SYN | ACK | RST | FIN) == SYN
+        matches!(self.part, Part::Whole) && (self.tuple.protocol != TCP || self.tcp & (SYN | ACK | RST | FIN) == SYN)
     }
 }
 
@@ -59,12 +74,21 @@ pub enum Action {
     Forward,
 }
 
-/// A packet that arrives on an uplink.
+/// Whether answers are renamed when they leave. Others are sent on from where they arrive.
 #[inline(always)]
-pub fn arrive<T: Tables, F: Flows>(tables: &T, flows: &F, uplink: &Uplink, packet: &Packet, to: &mut Tuple) -> Action {
+const fn on_leaving(flow: &Flow) -> bool {
+    flow.flags & (flow_flags::REPLY | flow_flags::REDIRECT) == flow_flags::REPLY
+}
+
+/// A packet that arrives: from outside, or from a pod. `node` has the node's own addresses.
+#[inline(always)]
+pub fn arrive<T: Tables, F: Flows>(tables: &T, flows: &F, node: &Uplink, outside: bool, packet: &Packet, to: &mut Tuple) -> Action {
     if let Some(flow) = flows.flow(&packet.tuple) {
         let ended = flow.flags & flow_flags::CLOSED != 0;
         if !(ended && packet.opens()) {
+            if on_leaving(flow) {
+                return Action::Pass;
+            }
             let forward = flow.flags & flow_flags::REDIRECT != 0;
             *to = flow.to;
             follow(flows, packet, to);
@@ -79,19 +103,21 @@ pub fn arrive<T: Tables, F: Flows>(tables: &T, flows: &F, uplink: &Uplink, packe
         return Action::Pass;
     }
     let key = FrontendKey::new(packet.tuple.dst, packet.tuple.dport, packet.tuple.protocol);
-    match choose(tables, &key, Client::Packet { source: packet.tuple.src, outside: true }, Hint::NONE) {
+    match choose(tables, &key, Client::Packet { source: packet.tuple.src, outside }, Hint::NONE) {
+        Verdict::Pass => Action::Pass,
         // An address of the node refuses by itself when nothing listens there.
-        Verdict::Pass | Verdict::Refuse(_) => Action::Pass,
+        Verdict::Refuse(_) if tables.node_address(&packet.tuple.dst).is_some() => Action::Pass,
+        Verdict::Refuse(service) => refuse(tables, flows, node, packet, service, to),
         Verdict::Drop(_) => Action::Drop,
-        Verdict::To(choice) => open(tables, flows, uplink, packet, &choice, to),
+        Verdict::To(choice) => open(tables, flows, node, outside, packet, &choice, to),
     }
 }
 
-/// A packet that leaves by an uplink: answers of backends on this node get the frontend's name.
+/// A packet that leaves: answers of backends on this node, and of the node itself, get the frontend's name.
 #[inline(always)]
 pub fn leave<F: Flows>(flows: &F, packet: &Packet, to: &mut Tuple) -> Action {
     match flows.flow(&packet.tuple) {
-        Some(flow) if flow.flags & (flow_flags::REPLY | flow_flags::REDIRECT) == flow_flags::REPLY => {
+        Some(flow) if on_leaving(flow) => {
             *to = flow.to;
             follow(flows, packet, to);
             Action::Rewrite
@@ -100,19 +126,48 @@ pub fn leave<F: Flows>(flows: &F, packet: &Packet, to: &mut Tuple) -> Action {
     }
 }
 
+/// Lets the node refuse in the frontend's name: nothing ever listens at port 0.
+#[inline(always)]
+fn refuse<T: Tables, F: Flows>(tables: &T, flows: &F, node: &Uplink, packet: &Packet, service: u32, to: &mut Tuple) -> Action {
+    let own = if packet.tuple.src.is_v4() { node.v4 } else { node.v6 };
+    if own == Addr::default() {
+        return Action::Drop;
+    }
+    *to = packet.tuple;
+    to.dst = own;
+    to.dport = Port(0);
+    // Closed from the start, and only the way back: the next packet is judged anew.
+    let flags = flow_flags::REPLY | flow_flags::CLOSED;
+    let flow = Flow { seen: tables.now(), to: packet.tuple.reversed(), flags, service, zero: [0; 2] };
+    flows.add_flow(&to.reversed(), &flow);
+    Action::Rewrite
+}
+
 /// Keeps the flows of a new connection.
 #[inline(always)]
-fn open<T: Tables, F: Flows>(tables: &T, flows: &F, uplink: &Uplink, packet: &Packet, choice: &Choice, to: &mut Tuple) -> Action {
+fn open<T: Tables, F: Flows>(
+    tables: &T,
+    flows: &F,
+    node: &Uplink,
+    outside: bool,
+    packet: &Packet,
+    choice: &Choice,
+    to: &mut Tuple,
+) -> Action {
     let mut flow =
         Flow { seen: tables.now(), to: packet.tuple.reversed(), flags: flow_flags::REPLY, service: choice.service, zero: [0; 2] };
     *to = packet.tuple;
     to.dst = choice.backend.addr;
     to.dport = choice.backend.port;
-    let local = choice.slot_flags & slot_flags::LOCAL != 0 || choice.frontend_flags & frontend_flags::MASQUERADE_NEVER != 0;
+    // Answers to pods come back here anyway; a pod that is led to itself wouldn't take them.
+    let here = !outside || choice.slot_flags & slot_flags::LOCAL != 0 || choice.frontend_flags & frontend_flags::MASQUERADE_NEVER != 0;
     // The same client port may lead to the same backend by two frontends: the later connection gets another source then.
-    let kept = local && flows.add_flow(&to.reversed(), &flow);
+    let kept = here && to.src != to.dst && flows.add_flow(&to.reversed(), &flow);
     if !kept {
-        let source = if packet.tuple.src.is_v4() { uplink.v4 } else { uplink.v6 };
+        let mut source = flows.source_towards(&to.src, &to.dst);
+        if source == Addr::default() {
+            source = if packet.tuple.src.is_v4() { node.v4 } else { node.v6 };
+        }
         flow.flags |= flow_flags::REDIRECT;
         if source == Addr::default() || !masquerade(tables, flows, source, &flow, to) {
             return Action::Drop;
@@ -143,7 +198,7 @@ fn masquerade<T: Tables, F: Flows>(tables: &T, flows: &F, source: Addr, reply: &
 #[inline(always)]
 fn follow<F: Flows>(flows: &F, packet: &Packet, to: &Tuple) {
     if packet.tcp & (FIN | RST) == 0 || packet.tuple.protocol != TCP {
-        return;
+        return; // an error about a packet doesn't end its connection either: it has no flags
     }
     let other = to.reversed();
     let ended = packet.tcp & RST != 0 || {

@@ -6,7 +6,7 @@ use outrigger_abi::node_address_flags;
 fn packet(src: &str, dst: &str, tcp: u8) -> Packet {
     let (src, dst) = (endpoint(src), endpoint(dst));
     let tuple = Tuple { src: src.addr, dst: dst.addr, sport: src.port, dport: dst.port, protocol: TCP, zero: [0; 3] };
-    Packet { tuple, tcp }
+    Packet { tuple, tcp, part: Part::Whole }
 }
 
 fn tuple(src: &str, dst: &str) -> Tuple {
@@ -31,7 +31,7 @@ fn uplink() -> Uplink {
 
 fn arrives(fake: &Fake, packet: Packet) -> (Action, Tuple) {
     let mut to = Tuple::default();
-    (arrive(fake, fake, &uplink(), &packet, &mut to), to)
+    (arrive(fake, fake, &uplink(), true, &packet, &mut to), to)
 }
 
 fn leaves(fake: &Fake, packet: Packet) -> (Action, Tuple) {
@@ -54,7 +54,7 @@ fn a_backend_elsewhere_sees_the_node_and_is_answered_through_it() {
     let (action, there) = arrives(&fake, packet(CLIENT, NODE, SYN));
     assert_eq!((action, there.src, there.dst), (Action::Forward, endpoint(NODE).addr, endpoint("10.0.0.1:80").addr));
     assert!((2048..30_048).contains(&there.sport.host()));
-    let back = Packet { tuple: there.reversed(), tcp: SYN | ACK };
+    let back = Packet { tuple: there.reversed(), tcp: SYN | ACK, part: Part::Whole };
     assert_eq!(arrives(&fake, back), (Action::Forward, tuple(NODE, CLIENT)));
     assert_eq!(leaves(&fake, back).0, Action::Pass, "only what passes the node's routing is renamed on its way out");
     // Another client gets another port, also when chance offers the same one first.
@@ -64,6 +64,72 @@ fn a_backend_elsewhere_sees_the_node_and_is_answered_through_it() {
     assert_eq!(other.sport, there.sport);
     fake.random.set(u32::MAX);
     assert_eq!(arrives(&fake, packet("192.168.0.9:40001", NODE, SYN)).0, Action::Forward);
+}
+
+fn from_pod(fake: &Fake, packet: Packet) -> (Action, Tuple) {
+    let mut to = Tuple::default();
+    (arrive(fake, fake, &uplink(), false, &packet, &mut to), to)
+}
+
+#[test]
+fn a_pod_is_led_by_its_packets_and_keeps_its_address() {
+    let mut fake = Fake::default();
+    fake.serve(tcp("10.96.0.1:80"), 1, &["10.0.1.1:8080"]);
+    let pod = "10.0.0.5:40000";
+    assert_eq!(from_pod(&fake, packet(pod, "10.96.0.1:80", SYN)), (Action::Rewrite, tuple(pod, "10.0.1.1:8080")));
+    let answer = packet("10.0.1.1:8080", pod, SYN | ACK);
+    assert_eq!(arrives(&fake, answer).0, Action::Pass, "answers are renamed where they leave");
+    assert_eq!(leaves(&fake, answer), (Action::Rewrite, tuple("10.96.0.1:80", pod)));
+}
+
+#[test]
+fn a_pod_that_is_led_to_itself_sees_the_node() {
+    let mut fake = Fake::default();
+    fake.serve(tcp("10.96.0.1:80"), 1, &["10.0.0.5:8080"]);
+    let (action, there) = from_pod(&fake, packet("10.0.0.5:40000", "10.96.0.1:80", SYN));
+    assert_eq!((action, there.src), (Action::Forward, endpoint(NODE).addr));
+    let back = Packet { tuple: there.reversed(), tcp: SYN | ACK, part: Part::Whole };
+    assert_eq!(from_pod(&fake, back), (Action::Forward, tuple("10.96.0.1:80", "10.0.0.5:40000")));
+}
+
+#[test]
+fn the_source_is_the_nodes_on_the_way_to_the_backend() {
+    let mut fake = node(false);
+    fake.source = endpoint("172.17.0.1:0").addr;
+    assert_eq!(arrives(&fake, packet(CLIENT, NODE, SYN)).1.src, fake.source);
+}
+
+#[test]
+fn without_backends_the_node_refuses_in_the_frontends_name() {
+    let mut fake = Fake::default();
+    fake.serve(tcp("9.9.9.9:80"), 1, &[]);
+    for _ in 0..2 {
+        assert_eq!(arrives(&fake, packet(CLIENT, "9.9.9.9:80", SYN)), (Action::Rewrite, tuple(CLIENT, "172.16.0.1:0")));
+        assert_eq!(leaves(&fake, packet("172.16.0.1:0", CLIENT, RST | ACK)), (Action::Rewrite, tuple("9.9.9.9:80", CLIENT)));
+    }
+    let range = fake.set(1, &["10.0.0.1:80"]);
+    fake.frontends.get_mut(&tcp("9.9.9.9:80")).unwrap().external = range;
+    fake.slots[0].flags = slot_flags::LOCAL;
+    assert_eq!(arrives(&fake, packet(CLIENT, "9.9.9.9:80", SYN)).1, tuple(CLIENT, "10.0.0.1:80"));
+}
+
+#[test]
+fn errors_and_fragments_follow_their_connection_and_open_none() {
+    for local in [true, false] {
+        let fake = node(local);
+        let stray = |part| Packet { part, ..packet(CLIENT, NODE, SYN) };
+        for part in [Part::Later, Part::Error] {
+            assert_eq!(arrives(&fake, stray(part)).0, Action::Pass);
+        }
+        let there = arrives(&fake, packet(CLIENT, NODE, SYN)).1;
+        for part in [Part::Later, Part::Error] {
+            assert_eq!(arrives(&fake, Packet { part, ..packet(CLIENT, NODE, 0) }).1, there);
+            // What a backend (or a router before it) says about a packet that was led there.
+            let back = Packet { tuple: there.reversed(), tcp: 0, part };
+            let said = if local { leaves(&fake, back) } else { arrives(&fake, back) };
+            assert_eq!(said, (if local { Action::Rewrite } else { Action::Forward }, tuple(NODE, CLIENT)));
+        }
+    }
 }
 
 #[test]
@@ -105,6 +171,6 @@ fn one_client_port_may_reach_one_backend_by_two_frontends() {
     assert_eq!(arrives(&fake, packet(CLIENT, NODE, SYN)).0, Action::Rewrite);
     let (action, second) = arrives(&fake, packet(CLIENT, "172.16.0.1:30081", SYN));
     assert_eq!((action, second.src), (Action::Forward, endpoint(NODE).addr));
-    assert_eq!(arrives(&fake, Packet { tuple: second.reversed(), tcp: ACK }).1, tuple("172.16.0.1:30081", CLIENT));
+    assert_eq!(arrives(&fake, Packet { tuple: second.reversed(), tcp: ACK, part: Part::Whole }).1, tuple("172.16.0.1:30081", CLIENT));
     assert_eq!(leaves(&fake, packet("10.0.0.1:80", CLIENT, ACK)).1, tuple(NODE, CLIENT));
 }

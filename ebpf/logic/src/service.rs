@@ -112,11 +112,16 @@ pub fn choose<T: Tables>(tables: &T, key: &FrontendKey, client: Client, hint: Hi
         // Nobody else answers at a cluster IP; without this the client would wait for a packet that is lost.
         return if tables.is_cluster_ip(&key.addr) { Verdict::Refuse(0) } else { Verdict::Pass };
     };
-    if frontend.flags & frontend_flags::SOURCE_RANGES != 0
-        && let Client::Packet { source, .. } = client
-        && !tables.allows(frontend.service, &source)
-    {
-        return Verdict::Drop(frontend.service);
+    if frontend.flags & frontend_flags::SOURCE_RANGES != 0 {
+        match client {
+            Client::Packet { source, .. } if !tables.allows(frontend.service, &source) => return Verdict::Drop(frontend.service),
+            Client::Socket { host: true, .. } if frontend.flags & frontend_flags::NODE_REFUSED != 0 => {
+                return Verdict::Drop(frontend.service);
+            }
+            // Its packets have a source address, and are judged by it.
+            Client::Socket { host: false, .. } => return Verdict::Pass,
+            _ => {}
+        }
     }
     let Some(range) = backends(frontend, client) else { return none(frontend, client) };
     if let Some((slot, index)) = pick(tables, frontend, range, client, hint) {

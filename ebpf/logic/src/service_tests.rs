@@ -150,4 +150,8 @@ fn source_ranges_keep_strangers_out() {
     fake.sources.insert((1, endpoint("9.9.9.9:0").addr));
     assert!(target(choose(&fake, &tcp("1.1.1.1:80"), outside("9.9.9.9:0"), Hint::NONE)).is_some());
     assert_eq!(choose(&fake, &tcp("1.1.1.1:80"), outside("9.9.9.8:0"), Hint::NONE), Verdict::Drop(1));
+    assert_eq!(choose(&fake, &tcp("1.1.1.1:80"), POD, Hint::NONE), Verdict::Pass, "left to the packets, which have a source");
+    assert!(target(choose(&fake, &tcp("1.1.1.1:80"), HOST, Hint::NONE)).is_some());
+    fake.frontends.get_mut(&tcp("1.1.1.1:80")).unwrap().flags |= frontend_flags::NODE_REFUSED;
+    assert_eq!(choose(&fake, &tcp("1.1.1.1:80"), HOST, Hint::NONE), Verdict::Drop(1));
 }

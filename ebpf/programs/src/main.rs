@@ -15,3 +15,9 @@ fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+/// By it an agent knows an object that was built for another version of the maps.
+#[used]
+#[unsafe(link_section = "outrigger_abi")]
+#[unsafe(no_mangle)]
+static MARKER: [u8; 16] = outrigger_abi::MARKER;

@@ -1,4 +1,4 @@
-//! Hooks of the node's uplinks: packets to node ports and load balancer addresses from outside, and the answers to them.
+//! Hooks of the node's interfaces: packets from outside and from pods to Services, the answers to them, and errors about either.
 
 use core::mem::MaybeUninit;
 use core::ptr::{addr_of, from_mut, from_ref, null_mut};
@@ -7,12 +7,14 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::{
     bpf_csum_diff, bpf_fib_lookup, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect_neigh, bpf_skb_load_bytes, bpf_skb_store_bytes,
 };
-use aya_ebpf::macros::classifier;
+use aya_ebpf::macros::{classifier, map};
+use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::TcContext;
-use outrigger_abi::{Addr, Flow, Port, TCP, Tuple, UDP};
-use outrigger_logic::packet::{Action, Flows, Packet, arrive, leave};
+use outrigger_abi::{Addr, Flow, Fragment, Port, Ports, TCP, Tuple, UDP, Uplink};
+use outrigger_logic::packet::{Action, Flows, Packet, Part, arrive, leave};
+use outrigger_logic::service::Tables;
 
-use crate::maps::{FLOWS, Kernel, UPLINKS, count};
+use crate::maps::{FLOWS, FRAGMENTS, Kernel, UPLINKS, count};
 
 /// On to other programs of the interface, then to the stack.
 const NEXT: i32 = -1;
@@ -24,20 +26,53 @@ const IPV6: u32 = 0x86dd_u16.to_be() as u32;
 const PSEUDO_HEADER: u64 = 0x10;
 const MANGLED_0: u64 = 0x20;
 const NO_EXIST: u64 = 1;
+const NO_NEIGHBOUR: i64 = 7;
+
+/// A flow's time is written again after this long, so that a busy one isn't written at each packet.
+const SECOND: u64 = 1_000_000_000;
+
+/// What a call works on. Not on the stack, which has 512 bytes, and where the kernel would follow each word of it: in a map it is any
+/// number to it. Calls on one CPU don't interrupt each other.
+struct Scratch {
+    packet: Packet,
+    place: Place,
+    fragment: Fragment,
+    /// What the packet's addresses become.
+    to: Tuple,
+    /// What the way to some address is.
+    route: Route,
+}
+
+#[map(name = "scratch")]
+static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+#[inline(always)]
+fn scratch() -> Option<*mut Scratch> {
+    SCRATCH.get_ptr_mut(0)
+}
 
 #[classifier]
 pub fn outrigger_arrive(ctx: TcContext) -> i32 {
     let skb = ctx.skb.skb;
-    // SAFETY: the map isn't preallocated; the element stays for as long as the program runs.
-    let Some(uplink) = (unsafe { UPLINKS.get(ifindex(skb)) }) else { return NEXT };
-    let Some((packet, place)) = parse(skb) else { return NEXT };
-    let mut to = Tuple::default();
-    match arrive(&Kernel, &Kernel, uplink, &packet, &mut to) {
+    let (uplink, outside) = match uplink(ifindex(skb)) {
+        Some(uplink) => (uplink, true),
+        None => match uplink(0) {
+            Some(node) => (node, false),
+            None => return NEXT,
+        },
+    };
+    let Some(scratch) = scratch() else { return NEXT };
+    if !parse(skb, scratch) {
+        return NEXT;
+    }
+    // SAFETY: the element belongs to this CPU, and so to this call; its fields are lent apart from each other.
+    let (packet, to) = unsafe { (&(*scratch).packet, &mut (*scratch).to) };
+    match arrive(&Kernel, &Hook { skb, scratch }, uplink, outside, packet, to) {
         Action::Pass => NEXT,
         Action::Drop => DROP,
-        Action::Rewrite => rewrite(skb, &place, &packet.tuple, &to, NEXT),
-        Action::Forward => match rewrite(skb, &place, &packet.tuple, &to, NEXT) {
-            NEXT => forward(skb, &place, &to),
+        Action::Rewrite => rewrite(skb, scratch),
+        Action::Forward => match rewrite(skb, scratch) {
+            NEXT => forward(skb, scratch),
             failed => failed,
         },
     }
@@ -46,18 +81,31 @@ pub fn outrigger_arrive(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn outrigger_leave(ctx: TcContext) -> i32 {
     let skb = ctx.skb.skb;
-    let Some((packet, place)) = parse(skb) else { return NEXT };
-    let mut to = Tuple::default();
-    match leave(&Kernel, &packet, &mut to) {
-        Action::Rewrite => rewrite(skb, &place, &packet.tuple, &to, NEXT),
+    let Some(scratch) = scratch() else { return NEXT };
+    if !parse(skb, scratch) {
+        return NEXT;
+    }
+    // SAFETY: as above.
+    let (packet, to) = unsafe { (&(*scratch).packet, &mut (*scratch).to) };
+    match leave(&Hook { skb, scratch }, packet, to) {
+        Action::Rewrite => rewrite(skb, scratch),
         _ => NEXT,
     }
+}
+
+#[inline(always)]
+fn uplink(index: u32) -> Option<&'static Uplink> {
+    // SAFETY: the map isn't preallocated; the element stays for as long as the program runs.
+    unsafe { UPLINKS.get(index) }
 }
 
 /// Where the headers are.
 struct Place {
     v4: bool,
     l4: u32,
+    /// In an error: the header of the packet that it is about, and what comes behind that.
+    inner: u32,
+    inner_l4: u32,
     /// The IPv4 header's time to live and protocol, or the IPv6 header's next header and hop limit, as one word of the wire.
     lifetime: u16,
 }
@@ -84,59 +132,224 @@ fn store<T>(skb: *mut __sk_buff, offset: u32, value: &T) -> bool {
     unsafe { bpf_skb_store_bytes(skb.cast(), offset, from_ref(value).cast(), size_of::<T>() as u32, 0) == 0 }
 }
 
-/// TCP and UDP in unfragmented packets without IPv6 extension headers; the rest is the stack's.
-#[inline(always)]
-fn parse(skb: *mut __sk_buff) -> Option<(Packet, Place)> {
-    // SAFETY: the context is valid for the whole call.
-    let ethertype = unsafe { addr_of!((*skb).protocol).read_volatile() };
-    let (src, dst, protocol, place) = if ethertype == IPV4 {
-        let header: [u32; 5] = load(skb, L3)?;
-        let more_or_offset = (header[1] >> 16) as u16 & 0x3fff_u16.to_be();
-        if more_or_offset != 0 {
-            return None;
-        }
-        let place = Place { v4: true, l4: L3 + (header[0] & 0xf) * 4, lifetime: header[2] as u16 };
-        (Addr::from_v4_word(header[3]), Addr::from_v4_word(header[4]), (header[2] >> 8) as u8, place)
-    } else if ethertype == IPV6 {
-        let header: [u32; 10] = load(skb, L3)?;
-        let place = Place { v4: false, l4: L3 + 40, lifetime: (header[1] >> 16) as u16 };
-        let src = Addr([header[2], header[3], header[4], header[5]]);
-        let dst = Addr([header[6], header[7], header[8], header[9]]);
-        (src, dst, (header[1] >> 16) as u8, place)
-    } else {
-        return None;
-    };
-    if protocol != TCP && protocol != UDP {
-        return None;
-    }
-    let ports: [u16; 2] = load(skb, place.l4)?;
-    let tcp = if protocol == TCP { load::<u8>(skb, place.l4 + 13)? } else { 0 };
-    let tuple = Tuple { src, dst, sport: Port(ports[0]), dport: Port(ports[1]), protocol, zero: [0; 3] };
-    Some((Packet { tuple, tcp }, place))
+const ICMP: u8 = 1;
+const ICMPV6: u8 = 58;
+const FRAGMENT_HEADER: u8 = 44;
+
+/// An IP header's addresses and what it carries.
+struct Header {
+    src: Addr,
+    dst: Addr,
+    protocol: u8,
+    length: u32,
+    lifetime: u16,
+    /// The fragment's id, offset and whether more follow; all zero in a whole packet.
+    id: u32,
+    offset: u16,
+    more: bool,
 }
 
-/// Puts `new`'s addresses and ports in the place of `old`'s, and mends the checksums.
 #[inline(always)]
-fn rewrite(skb: *mut __sk_buff, place: &Place, old: &Tuple, new: &Tuple, done: i32) -> i32 {
+fn header(skb: *mut __sk_buff, at: u32, v4: bool) -> Option<Header> {
+    if v4 {
+        let words: [u32; 5] = load(skb, at)?;
+        let fragment = u16::from_be((words[1] >> 16) as u16);
+        return Some(Header {
+            src: Addr::from_v4_word(words[3]),
+            dst: Addr::from_v4_word(words[4]),
+            protocol: (words[2] >> 8) as u8,
+            length: (words[0] & 0xf) * 4,
+            lifetime: words[2] as u16,
+            id: words[1] & 0xffff,
+            offset: fragment & 0x1fff,
+            more: fragment & 0x2000 != 0,
+        });
+    }
+    let words: [u32; 10] = load(skb, at)?;
+    let lifetime = (words[1] >> 16) as u16;
+    let (mut protocol, mut length, mut id, mut offset, mut more) = (lifetime as u8, 40, 0, 0, false);
+    if protocol == FRAGMENT_HEADER {
+        let extension: [u32; 2] = load(skb, at + 40)?;
+        let fragment = u16::from_be((extension[0] >> 16) as u16);
+        (protocol, length, id) = (extension[0] as u8, 48, extension[1]);
+        (offset, more) = (fragment >> 3, fragment & 1 != 0);
+    }
+    let src = Addr([words[2], words[3], words[4], words[5]]);
+    let dst = Addr([words[6], words[7], words[8], words[9]]);
+    Some(Header { src, dst, protocol, length, lifetime, id, offset, more })
+}
+
+/// Reads TCP, UDP and errors about them; false for the rest, which is the stack's.
+#[inline(never)]
+fn parse(skb: *mut __sk_buff, scratch: *mut Scratch) -> bool {
+    // SAFETY: as in the programs.
+    let scratch = unsafe { &mut *scratch };
+    read(skb, scratch).is_some()
+}
+
+#[inline(always)]
+fn read(skb: *mut __sk_buff, scratch: &mut Scratch) -> Option<()> {
+    let Scratch { packet, place, fragment, .. } = scratch;
+    // SAFETY: the context is valid for the whole call.
+    let ethertype = unsafe { addr_of!((*skb).protocol).read_volatile() };
+    place.v4 = match ethertype {
+        IPV4 => true,
+        IPV6 => false,
+        _ => return None,
+    };
+    let found = header(skb, L3, place.v4)?;
+    place.l4 = L3 + found.length;
+    place.lifetime = found.lifetime;
+    packet.tcp = 0;
+    if found.protocol == if place.v4 { ICMP } else { ICMPV6 } {
+        return if found.offset == 0 { error(skb, packet, place) } else { None };
+    }
+    if found.protocol != TCP && found.protocol != UDP {
+        return None;
+    }
+    *fragment = Fragment { src: found.src, dst: found.dst, id: found.id, protocol: found.protocol as u32 };
+    let ports = if found.offset == 0 {
+        let ports: Ports = load(skb, place.l4)?;
+        if found.more {
+            // A full LRU map evicts.
+            let _ = FRAGMENTS.insert(&*fragment, &ports, 0);
+        }
+        if found.protocol == TCP {
+            packet.tcp = load::<u8>(skb, place.l4 + 13)?;
+        }
+        packet.part = Part::Whole;
+        ports
+    } else {
+        packet.part = Part::Later;
+        // SAFETY: an element that is evicted meanwhile may be read torn; the datagram is lost then.
+        *unsafe { FRAGMENTS.get(&*fragment) }?
+    };
+    packet.tuple.src = found.src;
+    packet.tuple.dst = found.dst;
+    ports_of(packet, found.protocol, ports.sport, ports.dport);
+    Some(())
+}
+
+#[inline(always)]
+fn ports_of(packet: &mut Packet, protocol: u8, sport: Port, dport: Port) {
+    packet.tuple.protocol = protocol;
+    packet.tuple.sport = sport;
+    packet.tuple.dport = dport;
+    packet.tuple.zero = [0; 3];
+}
+
+/// An error about a packet. It goes where that packet's answer would.
+#[inline(always)]
+fn error(skb: *mut __sk_buff, packet: &mut Packet, place: &mut Place) -> Option<()> {
+    let kind: u8 = load(skb, place.l4)?;
+    // Unreachable, time exceeded, bad header; IPv6 has its own for packets that are too big.
+    let is_error = if place.v4 { kind == 3 || kind == 11 || kind == 12 } else { (1..=4).contains(&kind) };
+    if !is_error {
+        return None;
+    }
+    place.inner = place.l4 + 8;
+    let about = header(skb, place.inner, place.v4)?;
+    place.inner_l4 = place.inner + about.length;
+    if (about.protocol != TCP && about.protocol != UDP) || about.offset != 0 {
+        return None;
+    }
+    let ports: Ports = load(skb, place.inner_l4)?;
+    packet.part = Part::Error;
+    packet.tuple.src = about.dst;
+    packet.tuple.dst = about.src;
+    ports_of(packet, about.protocol, ports.dport, ports.sport);
+    Some(())
+}
+
+/// Puts `to`'s addresses and ports in the place of the packet's, and mends the checksums.
+#[inline(never)]
+fn rewrite(skb: *mut __sk_buff, scratch: *mut Scratch) -> i32 {
+    // SAFETY: as in the programs; nothing is written here.
+    let Scratch { packet, place, to, .. } = unsafe { &*scratch };
+    let done = match packet.part {
+        Part::Whole => rewrite_whole(skb, place, &packet.tuple, to),
+        Part::Later => rewrite_addresses(skb, place, addresses(&packet.tuple, to), to),
+        Part::Error => rewrite_error(skb, place, &packet.tuple, to),
+    };
+    if done { NEXT } else { DROP }
+}
+
+/// What changes in a checksum over the addresses. Source and destination lie side by side in a tuple; the prefixes of mapped addresses
+/// cancel out.
+#[inline(always)]
+fn addresses(old: &Tuple, new: &Tuple) -> u64 {
+    difference(&old.src, &new.src, 32)
+}
+
+#[inline(always)]
+fn ports(old: &Tuple, new: &Tuple) -> u64 {
+    difference(&old.sport, &new.sport, 4)
+}
+
+/// `length` is within what lies behind both.
+#[inline(always)]
+fn difference<T>(old: &T, new: &T, length: u32) -> u64 {
+    // SAFETY: the helper reads that much of both, which the callers keep within a tuple.
+    unsafe { bpf_csum_diff(from_ref(old).cast_mut().cast(), length, from_ref(new).cast_mut().cast(), length, 0) as u64 }
+}
+
+/// Mends a checksum of a transport header by a difference.
+#[inline(always)]
+fn mend(skb: *mut __sk_buff, at: u32, difference: u64, flags: u64) -> bool {
+    // SAFETY: the helper takes the context and numbers.
+    unsafe { bpf_l4_csum_replace(skb.cast(), at, 0, difference, flags) == 0 }
+}
+
+/// Mends an IPv4 header's checksum by a difference.
+#[inline(always)]
+fn mend_header(skb: *mut __sk_buff, header: u32, difference: u64) -> bool {
+    // SAFETY: as above.
+    unsafe { bpf_l3_csum_replace(skb.cast(), header + 10, 0, difference, 0) == 0 }
+}
+
+#[inline(always)]
+fn store_addresses(skb: *mut __sk_buff, v4: bool, header: u32, src: &Addr, dst: &Addr) -> bool {
+    if v4 { store(skb, header + 12, &[src.v4_word(), dst.v4_word()]) } else { store(skb, header + 8, &[*src, *dst]) }
+}
+
+#[inline(always)]
+fn rewrite_addresses(skb: *mut __sk_buff, place: &Place, difference: u64, new: &Tuple) -> bool {
+    (!place.v4 || mend_header(skb, L3, difference)) && store_addresses(skb, place.v4, L3, &new.src, &new.dst)
+}
+
+#[inline(always)]
+fn rewrite_whole(skb: *mut __sk_buff, place: &Place, old: &Tuple, new: &Tuple) -> bool {
     let checksum = place.l4 + if old.protocol == TCP { 16 } else { 6 };
     let mangled = if old.protocol == UDP { MANGLED_0 } else { 0 };
-    // SAFETY: source and destination lie side by side in a tuple, as do the ports; the prefixes of mapped addresses cancel out.
-    let (addresses, ports) = unsafe {
-        (
-            bpf_csum_diff(from_ref(&old.src).cast_mut().cast(), 32, from_ref(&new.src).cast_mut().cast(), 32, 0),
-            bpf_csum_diff(from_ref(&old.sport).cast_mut().cast(), 4, from_ref(&new.sport).cast_mut().cast(), 4, 0),
-        )
+    let changed = addresses(old, new);
+    mend(skb, checksum, changed, PSEUDO_HEADER | mangled)
+        && mend(skb, checksum, ports(old, new), mangled)
+        && rewrite_addresses(skb, place, changed, new)
+        && store(skb, place.l4, &[new.sport, new.dport])
+}
+
+/// The packet that the error is about gets the addresses that its sender knows, and the error itself seems to come from whom that one
+/// asked.
+#[inline(always)]
+fn rewrite_error(skb: *mut __sk_buff, place: &Place, old: &Tuple, new: &Tuple) -> bool {
+    let Some(outer) = header(skb, L3, place.v4) else { return false };
+    let mut from = *old;
+    from.src = outer.src;
+    from.dst = outer.dst;
+    let outer_change = addresses(&from, new);
+    let inner_change = addresses(old, new);
+    let checksum = place.l4 + 2;
+    // Inside an IPv4 header its checksum makes up for the addresses; IPv6 has none, and counts the outer addresses too.
+    let mended = if place.v4 {
+        mend_header(skb, place.inner, inner_change)
+    } else {
+        mend(skb, checksum, outer_change, PSEUDO_HEADER) && mend(skb, checksum, inner_change, 0)
     };
-    // SAFETY: the helpers take the context and numbers.
-    let mended = unsafe {
-        bpf_l4_csum_replace(skb.cast(), checksum, 0, addresses as u64, PSEUDO_HEADER | mangled) == 0
-            && bpf_l4_csum_replace(skb.cast(), checksum, 0, ports as u64, mangled) == 0
-            && (!place.v4 || bpf_l3_csum_replace(skb.cast(), L3 + 10, 0, addresses as u64, 0) == 0)
-    };
-    let stored = mended
-        && if place.v4 { store(skb, L3 + 12, &[new.src.v4_word(), new.dst.v4_word()]) } else { store(skb, L3 + 8, &[new.src, new.dst]) }
-        && store(skb, place.l4, &[new.sport, new.dport]);
-    if stored { done } else { DROP }
+    mended
+        && mend(skb, checksum, ports(old, new), 0)
+        && store_addresses(skb, place.v4, place.inner, &new.dst, &new.src)
+        && store(skb, place.inner_l4, &[new.dport, new.sport])
+        && rewrite_addresses(skb, place, outer_change, new)
 }
 
 /// `struct bpf_fib_lookup`.
@@ -155,34 +368,45 @@ struct Route {
     macs: [u8; 12],
 }
 
-/// Sends the packet on by the route to its destination.
+/// The interface on the route from one address to another; 0 where there is none. Whether the neighbour is known isn't asked.
 #[inline(always)]
-fn forward(skb: *mut __sk_buff, place: &Place, to: &Tuple) -> i32 {
-    if !age(skb, place) {
-        return DROP;
-    }
-    let first = |addr: &Addr| if place.v4 { [addr.v4_word(), 0, 0, 0] } else { addr.0 };
-    let mut route = Route {
-        family: if place.v4 { 2 } else { 10 },
-        protocol: to.protocol,
-        sport: to.sport,
-        dport: to.dport,
+fn route(skb: *mut __sk_buff, scratch: *mut Scratch, way: &Tuple) -> u32 {
+    let v4 = way.src.is_v4();
+    let first = |addr: &Addr| if v4 { [addr.v4_word(), 0, 0, 0] } else { addr.0 };
+    // SAFETY: as in the programs.
+    let route = unsafe { &mut (*scratch).route };
+    *route = Route {
+        family: if v4 { 2 } else { 10 },
+        protocol: way.protocol,
+        sport: way.sport,
+        dport: way.dport,
         length: 0,
         ifindex: ifindex(skb),
         tos: 0,
-        src: first(&to.src),
-        dst: first(&to.dst),
+        src: first(&way.src),
+        dst: first(&way.dst),
         vlan: 0,
         macs: [0; 12],
     };
     // SAFETY: `route` has the layout and size that the helper expects.
-    let found = unsafe { bpf_fib_lookup(skb.cast(), from_mut(&mut route).cast(), size_of::<Route>() as i32, 0) };
-    // Whether the neighbour is known is the next helper's affair.
-    if found != 0 && found != 7 {
+    let found = unsafe { bpf_fib_lookup(skb.cast(), from_mut(route).cast(), size_of::<Route>() as i32, 0) };
+    if found == 0 || found == NO_NEIGHBOUR { route.ifindex } else { 0 }
+}
+
+/// Sends the packet on by the route to its destination.
+#[inline(never)]
+fn forward(skb: *mut __sk_buff, scratch: *mut Scratch) -> i32 {
+    // SAFETY: as in the programs; only `route` is written.
+    let (place, to) = unsafe { (&(*scratch).place, &(*scratch).to) };
+    if !age(skb, place) {
+        return DROP;
+    }
+    let interface = route(skb, scratch, to);
+    if interface == 0 {
         return DROP;
     }
     // SAFETY: without a neighbour of ours the helper finds it itself.
-    unsafe { bpf_redirect_neigh(route.ifindex, null_mut(), 0, 0) as i32 }
+    unsafe { bpf_redirect_neigh(interface, null_mut(), 0, 0) as i32 }
 }
 
 /// One hop less to live; false when that was the last.
@@ -199,11 +423,37 @@ fn age(skb: *mut __sk_buff, place: &Place) -> bool {
     }
 }
 
-impl Flows for Kernel {
+/// One call of a hook.
+struct Hook {
+    skb: *mut __sk_buff,
+    scratch: *mut Scratch,
+}
+
+impl Flows for Hook {
     #[inline(always)]
     fn flow(&self, tuple: &Tuple) -> Option<&Flow> {
+        let flow = FLOWS.get_ptr_mut(tuple)?;
         // SAFETY: a flow that is evicted meanwhile may be read torn; the packet is lost then, and so is the flow.
-        unsafe { FLOWS.get(tuple) }
+        unsafe {
+            let now = Kernel.now();
+            if now.wrapping_sub((*flow).seen) > SECOND {
+                (*flow).seen = now;
+            }
+            Some(&*flow)
+        }
+    }
+
+    #[inline(always)]
+    fn source_towards(&self, from: &Addr, to: &Addr) -> Addr {
+        let way = Tuple { src: *from, dst: *to, ..Tuple::default() };
+        match route(self.skb, self.scratch, &way) {
+            0 => Addr::default(),
+            interface => match uplink(interface) {
+                Some(uplink) if from.is_v4() => uplink.v4,
+                Some(uplink) => uplink.v6,
+                None => Addr::default(),
+            },
+        }
     }
 
     #[inline(always)]

@@ -3,11 +3,15 @@ pub mod backend;
 pub mod config;
 pub mod conntrack;
 pub mod ebpf;
+pub mod health;
 pub mod metrics;
+mod namespace;
 mod netlink;
 pub mod nftables;
 pub mod probe;
 pub mod proxy;
+#[cfg(test)]
+mod testing;
 pub mod userspace;
 
 pub use backend::{Applied, Backend, BackendError, Counted, Live, Parting, Pending, Restored};

@@ -5,16 +5,19 @@
 use std::io;
 
 use netlink_sys::{Socket, SocketAddr};
+use nix::sys::socket::{setsockopt, sockopt};
 
 pub const REQUEST: u16 = 1;
 pub const ACK: u16 = 4;
 pub const REPLACE: u16 = 0x100;
+pub const EXCLUSIVE: u16 = 0x200;
 pub const CREATE: u16 = 0x400;
 pub const DUMP: u16 = 0x300;
 
 const ERROR: u16 = 2;
 const DONE: u16 = 3;
 const HEADER: usize = 16;
+const NESTED: u16 = 0x8000;
 const TYPE_MASK: u16 = 0x3fff;
 
 /// Builds one or more messages back to back.
@@ -49,6 +52,31 @@ impl Builder {
         self.bytes.extend_from_slice(&kind.to_ne_bytes());
         self.bytes.extend_from_slice(value);
         self.pad();
+    }
+
+    pub fn text(&mut self, kind: u16, text: &str) {
+        self.attribute(kind, &[text.as_bytes(), &[0]].concat());
+    }
+
+    /// An attribute made of attributes.
+    pub fn nest(&mut self, kind: u16, fill: impl FnOnce(&mut Self)) {
+        let start = self.bytes.len();
+        self.bytes.extend_from_slice(&[0; 2]);
+        self.bytes.extend_from_slice(&(kind | NESTED).to_ne_bytes());
+        fill(self);
+        let length = (self.bytes.len() - start) as u16;
+        self.bytes[start..start + 2].copy_from_slice(&length.to_ne_bytes());
+    }
+
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Lets the message that was ended last ask for an acknowledgement.
+    pub fn ask(&mut self) {
+        let flags = &mut self.bytes[self.message + 6..self.message + 8];
+        let asked = u16::from_ne_bytes([flags[0], flags[1]]) | ACK;
+        flags.copy_from_slice(&asked.to_ne_bytes());
     }
 
     /// Attributes that have been built before, with their padding.
@@ -88,6 +116,35 @@ impl Connection {
                 }
             }
         }
+    }
+
+    /// Lets one message be as long as it likes; without the privilege for that the system's limit stays.
+    pub fn allow_large_messages(&self) -> io::Result<()> {
+        let size = libc::c_int::MAX / 4;
+        setsockopt(&self.socket, sockopt::SndBufForce, &(size as usize)).or_else(|error| match error {
+            nix::errno::Errno::EPERM => Ok(()),
+            other => Err(other.into()),
+        })
+    }
+
+    /// A batch whose last message asks for an acknowledgement. The kernel has worked it off, and answered, when it is sent.
+    pub fn batch(&self, messages: &[u8]) -> io::Result<()> {
+        self.socket.send(messages, 0)?;
+        loop {
+            let (datagram, _) = self.socket.recv_from_full()?;
+            if let Some(answer) = Messages(&datagram).find(|message| message.kind == ERROR) {
+                let outcome = answer.error();
+                // A failed batch has an answer for each message that failed.
+                return if outcome.is_ok() { outcome } else { self.drain().and(outcome) };
+            }
+        }
+    }
+
+    /// Takes the answers that nobody waits for.
+    fn drain(&self) -> io::Result<()> {
+        self.socket.set_non_blocking(true)?;
+        while self.socket.recv_from_full().is_ok() {}
+        self.socket.set_non_blocking(false)
     }
 
     /// One message that asks for a dump; each answer's body goes to `take`.

@@ -7,6 +7,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::backend::{Applied, Backend, Parting, Result};
 use crate::config::{Config, Mode, ModeChoice};
+use crate::health::Checks;
 use crate::metrics::Metrics;
 use crate::probe::{self, Choice};
 
@@ -27,6 +28,17 @@ pub struct Health {
     pub pending_since: Option<SystemTime>,
     /// When the kernel was last brought up to date.
     pub updated: Option<SystemTime>,
+}
+
+/// A change that the kernel doesn't have after this time makes the proxy unhealthy: twice kube-proxy's sync period.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+impl Health {
+    /// Whether the kernel keeps up with what is watched. While nothing was written yet the proxy is starting, which is no illness.
+    pub fn is_healthy(&self, now: SystemTime) -> bool {
+        let waiting = self.pending_since.filter(|_| self.updated.is_some());
+        waiting.is_none_or(|since| now.duration_since(since).unwrap_or_default() < PATIENCE)
+    }
 }
 
 /// What a question gets to see of a running proxy.
@@ -75,6 +87,7 @@ pub struct Proxy {
     last_sync: Option<Instant>,
     choice: watch::Sender<Choice>,
     health: watch::Sender<Health>,
+    checks: Checks,
     shared: Arc<Shared>,
 }
 
@@ -114,6 +127,8 @@ impl Proxy {
     fn run_with(config: Config, choice: Choice, backend: Box<dyn Backend>, changes: mpsc::UnboundedReceiver<Change>) -> ProxyHandle {
         let (commands, inbox) = mpsc::channel(4);
         let shared = Arc::new(Shared::default());
+        let health = watch::Sender::new(Health::default());
+        let checks = Checks::new(&config.nodeport_addresses, health.subscribe());
         let proxy = Self {
             state: State::new(&config.node_name),
             config,
@@ -126,7 +141,8 @@ impl Proxy {
             alone: false,
             last_sync: None,
             choice: watch::Sender::new(choice),
-            health: watch::Sender::new(Health::default()),
+            health,
+            checks,
             shared: shared.clone(),
         };
         let handle = ProxyHandle { commands, choice: proxy.choice.subscribe(), health: proxy.health.subscribe(), shared };
@@ -211,6 +227,7 @@ impl Proxy {
         }
         let touched = std::mem::take(&mut self.touched);
         let mut delta = self.table.update(&self.state, &touched);
+        self.checks.settle(self.table.health_checks());
         if self.unknown {
             let gone = std::mem::take(&mut delta.gone);
             delta = Delta { gone, ..Delta::full(&self.table) };

@@ -109,6 +109,21 @@ impl Entry {
         }
     }
 
+    /// Whether the node's own processes may connect. They come from one of the node's addresses or, where the node has the load balancer's
+    /// address itself, from that.
+    pub fn admits_node(&self, node_ips: &[IpAddr]) -> bool {
+        self.admits_all() || node_ips.iter().any(|ip| self.admits(*ip))
+    }
+
+    pub fn admits_all(&self) -> bool {
+        self.source_ranges.is_empty()
+    }
+
+    /// Whether a client at this address may connect.
+    pub fn admits(&self, client: IpAddr) -> bool {
+        self.admits_all() || self.source_ranges.iter().any(|net| net.contains(&client))
+    }
+
     /// All endpoints that live connections through this frontend may point at.
     pub fn alive(&self) -> impl Iterator<Item = &Endpoint> {
         self.backends.iter().chain(self.retained.iter()).chain(self.short_circuit.iter().flat_map(|endpoints| endpoints.iter()))

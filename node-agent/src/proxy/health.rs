@@ -2,7 +2,7 @@
 //! asks the second whether the proxy works.
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use axum::http::{HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -14,8 +14,6 @@ use outrigger_dataplane::metrics::Exposition;
 use outrigger_dataplane::{Health, ProxyHandle};
 use serde::Serialize;
 
-/// A change that the kernel doesn't have after this time makes the proxy unhealthy: twice kube-proxy's sync period.
-const TIMEOUT: Duration = Duration::from_secs(60);
 /// The cluster autoscaler's mark on a node that is about to go.
 const LEAVING_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 
@@ -55,7 +53,7 @@ impl Checks {
 
     /// Whether the kernel keeps up with what is watched.
     pub fn is_healthy(&self) -> bool {
-        is_healthy(&self.0.proxy.health(), SystemTime::now())
+        self.0.proxy.health().is_healthy(SystemTime::now())
     }
 
     pub fn router(&self) -> Router {
@@ -95,19 +93,13 @@ impl Inner {
     }
 }
 
-fn is_healthy(health: &Health, now: SystemTime) -> bool {
-    // While nothing was written yet the proxy is starting, which is no illness.
-    let waiting = health.pending_since.filter(|_| health.updated.is_some());
-    waiting.is_none_or(|since| now.duration_since(since).unwrap_or_default() < TIMEOUT)
-}
-
 fn is_eligible(node: &Node) -> bool {
     let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
     node.metadata.deletion_timestamp.is_none() && !taints.iter().any(|taint| taint.key == LEAVING_TAINT)
 }
 
 fn body(health: &Health, now: SystemTime, eligible: Option<bool>) -> (bool, Body) {
-    let healthy = is_healthy(health, now);
+    let healthy = health.is_healthy(now);
     let good = healthy && eligible != Some(false);
     let family = |time| FamilyStatus { last_updated: text(time), healthy };
     let status = health.updated.into_iter().flat_map(|time| [("IPv4", family(time)), ("IPv6", family(time))]).collect();
@@ -125,6 +117,7 @@ mod tests {
     use k8s_openapi::api::core::v1::{NodeSpec, Taint};
 
     use super::*;
+    use std::time::Duration;
 
     fn at(seconds: u64) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)

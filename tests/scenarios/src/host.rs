@@ -45,9 +45,9 @@ impl Host {
             Request::Serve { transport: Transport::Tcp, address, name } => serve_tcp(TcpListener::bind(address)?, name),
             Request::Serve { transport: Transport::Udp, address, name } => serve_udp(UdpSocket::bind(address)?, name),
             Request::Dial { transport, target } => {
-                Ok(outcome(open(transport, target, true).and_then(|mut connection| ask(&mut connection))))
+                Ok(outcome(open(transport, target, Some(0)).and_then(|mut connection| ask(&mut connection))))
             }
-            Request::Open { id, transport, target, connected } => match open(transport, target, connected) {
+            Request::Open { id, transport, target, port } => match open(transport, target, port) {
                 Ok(mut connection) => {
                     let answer = outcome(ask(&mut connection));
                     self.connections.insert(id, connection);
@@ -60,6 +60,8 @@ impl Host {
                 Ok(outcome(ask(connection)))
             }
             Request::Stream { target, bytes } => Ok(stream(target, bytes)),
+            Request::Datagram { target, bytes } => Ok(datagram(target, bytes).map_or_else(|error| outcome(Err(error)), Reply::Streamed)),
+            Request::Get { target, path } => Ok(get(target, &path).map_or_else(|error| outcome(Err(error)), Reply::Page)),
             Request::Proxy(request) => {
                 if self.proxy.is_none() {
                     self.proxy = Some(ProxyHost::new()?);
@@ -99,33 +101,61 @@ fn echo_tcp(stream: TcpStream, name: &str) -> std::io::Result<()> {
 
 fn serve_udp(socket: UdpSocket, name: String) -> Result<Reply> {
     std::thread::spawn(move || {
-        let mut buffer = [0; 2048];
+        let mut buffer = vec![0; 1 << 16];
         loop {
             // Errors are echoes of answers that nobody took.
-            let Ok((_, peer)) = socket.recv_from(&mut buffer) else { continue };
-            let _ = socket.send_to(format!("{name} {}\n", peer.ip().to_canonical()).as_bytes(), peer);
+            let Ok((length, peer)) = socket.recv_from(&mut buffer) else { continue };
+            let named = format!("{name} {}\n", peer.ip().to_canonical());
+            let answer = if buffer.first() == Some(&0) { &buffer[..length] } else { named.as_bytes() };
+            let _ = socket.send_to(answer, peer);
         }
     });
     Ok(Reply::Done)
 }
 
-fn open(transport: Transport, target: SocketAddr, connected: bool) -> std::io::Result<Connection> {
+fn open(transport: Transport, target: SocketAddr, port: Option<u16>) -> std::io::Result<Connection> {
     match transport {
         Transport::Tcp => {
-            let stream = TcpStream::connect_timeout(&target, PATIENCE)?;
+            let stream = match port {
+                Some(port) if port != 0 => connect_from(port, target)?,
+                _ => TcpStream::connect_timeout(&target, PATIENCE)?,
+            };
             stream.set_read_timeout(Some(PATIENCE))?;
             Ok(Connection::Tcp(stream))
         }
         Transport::Udp => {
             let any = if target.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
-            let socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
+            let socket = UdpSocket::bind(SocketAddr::new(any, port.unwrap_or(0)))?;
             socket.set_read_timeout(Some(PATIENCE))?;
-            if connected {
+            if port.is_some() {
                 socket.connect(target)?;
             }
-            Ok(Connection::Udp(socket, (!connected).then_some(target)))
+            Ok(Connection::Udp(socket, port.is_none().then_some(target)))
         }
     }
+}
+
+/// Several connections may share the client's port, as long as they lead elsewhere.
+fn connect_from(port: u16, target: SocketAddr) -> std::io::Result<TcpStream> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt};
+    use std::os::fd::AsRawFd;
+    let (family, any) = match target {
+        SocketAddr::V4(_) => (AddressFamily::Inet, IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+        SocketAddr::V6(_) => (AddressFamily::Inet6, IpAddr::V6(Ipv6Addr::UNSPECIFIED)),
+    };
+    let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(any, port)))?;
+    let patience = nix::sys::time::TimeVal::from(nix::libc::timeval { tv_sec: PATIENCE.as_secs() as i64, tv_usec: 0 });
+    setsockopt(&socket, sockopt::SendTimeout, &patience)?;
+    match connect(socket.as_raw_fd(), &SockaddrStorage::from(target)) {
+        // What a socket with a time limit says when that is over.
+        Err(nix::errno::Errno::EINPROGRESS) => return Err(ErrorKind::TimedOut.into()),
+        outcome => outcome?,
+    }
+    let stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream)
 }
 
 fn ask(connection: &mut Connection) -> std::io::Result<(String, SocketAddr)> {
@@ -162,11 +192,26 @@ fn outcome(result: std::io::Result<(String, SocketAddr)>) -> Reply {
             ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted | ErrorKind::BrokenPipe => Reply::Reset,
             ErrorKind::TimedOut | ErrorKind::WouldBlock => Reply::TimedOut,
             ErrorKind::NetworkUnreachable | ErrorKind::HostUnreachable => Reply::Unreachable,
-            // A UDP socket that was ended is no longer connected.
-            _ if error.raw_os_error() == Some(nix::libc::EDESTADDRREQ) => Reply::Reset,
+            // What was ended is no longer connected.
+            _ if matches!(error.raw_os_error(), Some(nix::libc::EDESTADDRREQ | nix::libc::ENOTCONN)) => Reply::Reset,
             _ => Reply::Failed(error.to_string()),
         },
     }
+}
+
+fn datagram(target: SocketAddr, bytes: usize) -> std::io::Result<usize> {
+    let Connection::Udp(socket, _) = open(Transport::Udp, target, Some(0))? else { return Err(ErrorKind::Unsupported.into()) };
+    socket.send(&vec![0; bytes])?;
+    socket.recv(&mut vec![0; 1 << 16])
+}
+
+fn get(target: SocketAddr, path: &str) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&target, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {target}\r\nConnection: close\r\n\r\n")?;
+    let mut page = String::new();
+    stream.read_to_string(&mut page)?;
+    Ok(page)
 }
 
 fn stream(target: SocketAddr, bytes: usize) -> Reply {

@@ -52,8 +52,15 @@ impl Namespace {
 
     /// Runs `ip` with the words of `arguments`.
     pub fn ip(&self, arguments: &str) -> Result<()> {
-        let output = self.command("ip", None)?.args(arguments.split_whitespace()).stdin(Stdio::null()).output()?;
-        ensure!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr).trim());
+        self.run(&format!("ip {arguments}"))
+    }
+
+    /// Runs the program that is the command's first word.
+    pub fn run(&self, command: &str) -> Result<()> {
+        let mut words = command.split_whitespace();
+        let program = words.next().context("an empty command")?;
+        let output = self.command(program, None)?.args(words).stdin(Stdio::null()).output()?;
+        ensure!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr).trim());
         Ok(())
     }
 

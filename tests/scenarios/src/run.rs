@@ -1,30 +1,36 @@
 //! Plays scenarios in a world.
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use outrigger_dataplane::Mode;
 use serde_json::Value;
 
-use crate::list::{Expect, Scenario, Step};
+use crate::list::{Expect, Scenario, Settings, Step};
 use crate::talk::{ProxyConfig, ProxyRequest, Reply, Request, Transport};
-use crate::world::{NODE_IP, NODE_NAME, Place, World};
+use crate::world::{NODE_IP, NODE_IP6, NODE_NAME, Place, World};
 
 /// Enough that three equally likely backends have all answered, but for one run in 10^8.
 const DIALS: usize = 48;
+/// As many as may be needed until two have answered, but for one run in 10^6.
+const DIALS_APART: usize = 20;
 
 pub struct Player<'a> {
     world: &'a mut World,
     mode: Mode,
     objects: Vec<Value>,
+    settings: Settings,
     /// Where each connection is, and who answered on it first.
     open: HashMap<&'static str, (Place, Reply)>,
 }
 
 /// Plays the scenario from a fresh proxy; the kernel still has what the last scenario left.
 pub fn play(world: &mut World, mode: Mode, scenario: &Scenario) -> Result<()> {
-    let mut player = Player { world, mode, objects: parse(&scenario.objects)?, open: HashMap::new() };
-    player.objects.push(serde_json::json!({"kind": "Node", "metadata": {"name": NODE_NAME}}));
+    let mut player = Player { world, mode, objects: parse(&scenario.objects)?, settings: scenario.settings.clone(), open: HashMap::new() };
+    if player.objects.iter().all(|object| object["kind"] != "Node") {
+        player.objects.push(serde_json::json!({"kind": "Node", "metadata": {"name": NODE_NAME}}));
+    }
     player.restart()?;
     for (number, step) in scenario.steps.iter().enumerate() {
         player.step(step).with_context(|| format!("step {} ({step:?})", number + 1))?;
@@ -45,8 +51,11 @@ impl Player<'_> {
         let config = ProxyConfig {
             mode: self.mode.to_string(),
             node_name: NODE_NAME.into(),
-            node_ips: vec![NODE_IP.parse()?],
+            node_ips: vec![NODE_IP.parse()?, NODE_IP6.parse()?],
             cluster_cidrs: vec!["10.244.0.0/16".into(), "fd00:244::/32".into()],
+            nodeport_addresses: self.settings.nodeport_addresses.iter().map(|net| net.to_string()).collect(),
+            masquerade_all: self.settings.masquerade_all,
+            pod_interface_prefix: self.settings.pod_interface_prefix.map(Into::into),
             cgroup2_path: self.world.cgroup.display().to_string(),
             pin_dir: self.world.pin_dir.display().to_string(),
             instance: "scenario".into(),
@@ -82,10 +91,11 @@ impl Player<'_> {
                         break;
                     }
                 }
-                check(&replies, target, expect)
+                check(&replies, Some(target), expect)
             }
-            Step::Open { id, from, transport, to, expect } => self.open(id, *from, *transport, to, true, expect),
-            Step::OpenUnconnected { id, from, to, expect } => self.open(id, *from, Transport::Udp, to, false, expect),
+            Step::DialApart { from, to, pause, until } => self.dial_apart(*from, to, *pause, until),
+            Step::Open { id, from, transport, to, port, expect } => self.open(id, *from, *transport, to, Some(*port), expect),
+            Step::OpenUnconnected { id, from, to, expect } => self.open(id, *from, Transport::Udp, to, None, expect),
             Step::Same { id } => {
                 let (place, first) = self.open.get(id).cloned().context("not open")?;
                 let again = self.world.ask(place, &Request::Say { id: (*id).into() })?;
@@ -94,7 +104,10 @@ impl Player<'_> {
             }
             Step::Say { id, expect } => {
                 let (place, first) = self.open.get(id).cloned().context("not open")?;
-                let Reply::Answer { seen_from, .. } = first else { bail!("not open") };
+                let seen_from = match first {
+                    Reply::Answer { seen_from, .. } => Some(seen_from),
+                    _ => None,
+                };
                 let reply = self.world.ask(place, &Request::Say { id: (*id).into() })?;
                 check(&[reply], seen_from, expect)
             }
@@ -104,7 +117,28 @@ impl Player<'_> {
                 ensure!(reply == Reply::Streamed(bytes), "{reply:?}");
                 Ok(())
             }
+            Step::Datagram { from, to, bytes } => {
+                let reply = self.world.ask(*from, &Request::Datagram { target: to.parse()?, bytes: *bytes })?;
+                ensure!(reply == Reply::Streamed(*bytes), "{reply:?}");
+                Ok(())
+            }
+            Step::Get { from, to, path, status, contains } => {
+                let reply = self.world.ask(*from, &Request::Get { target: to.parse()?, path: (*path).into() })?;
+                let Reply::Page(page) = &reply else { bail!("no page: {reply:?}") };
+                let found = page.starts_with(&format!("HTTP/1.1 {status} ")) && contains.iter().all(|text| page.contains(text));
+                ensure!(found, "{page}");
+                Ok(())
+            }
+            Step::Run(command) => self.world.node_namespace.run(command),
             Step::KillAndRestart => self.restart(),
+            Step::KillApplyRestart(yaml) => {
+                self.world.kill_proxy();
+                for object in parse(yaml)? {
+                    self.forget(&object);
+                    self.objects.push(object);
+                }
+                self.restart()
+            }
             Step::SwitchTo(mode) => self.world.proxy(ProxyRequest::SetMode(mode.to_string())),
             Step::Sleep(time) => {
                 std::thread::sleep(*time);
@@ -113,10 +147,27 @@ impl Player<'_> {
         }
     }
 
-    fn open(&mut self, id: &'static str, from: Place, transport: Transport, to: &str, connected: bool, expect: &Expect) -> Result<()> {
+    fn dial_apart(&mut self, from: Place, to: &str, pause: Duration, until: &[&str]) -> Result<()> {
         let target = to.parse()?;
-        let reply = self.world.ask(from, &Request::Open { id: id.into(), transport, target, connected })?;
-        check(std::slice::from_ref(&reply), target, expect)?;
+        let mut names = BTreeSet::new();
+        for _ in 0..DIALS_APART {
+            std::thread::sleep(pause);
+            match self.world.ask(from, &Request::Dial { transport: Transport::Tcp, target })? {
+                Reply::Answer { name, .. } => names.insert(name),
+                other => bail!("{other:?}"),
+            };
+            if names.iter().map(String::as_str).eq(until.iter().copied()) {
+                return Ok(());
+            }
+        }
+        bail!("only {names:?} answered")
+    }
+
+    /// `port` is the client's own; without one the socket isn't connected.
+    fn open(&mut self, id: &'static str, from: Place, transport: Transport, to: &str, port: Option<u16>, expect: &Expect) -> Result<()> {
+        let target = to.parse()?;
+        let reply = self.world.ask(from, &Request::Open { id: id.into(), transport, target, port })?;
+        check(std::slice::from_ref(&reply), Some(target), expect)?;
         self.open.insert(id, (from, reply));
         Ok(())
     }
@@ -127,16 +178,20 @@ impl Player<'_> {
     }
 }
 
-fn check(replies: &[Reply], target: SocketAddr, expect: &Expect) -> Result<()> {
+/// `target` is who the answers have to come from, in the client's eyes.
+fn check(replies: &[Reply], target: Option<SocketAddr>, expect: &Expect) -> Result<()> {
     let mut names = BTreeSet::new();
     for reply in replies {
         match (reply, expect) {
             (Reply::Answer { name, seen_from, .. }, Expect::From(_) | Expect::OneOf(_)) => {
-                ensure!(*seen_from == target, "asked {target}, but the answer seems to come from {seen_from}");
+                ensure!(
+                    target.is_none_or(|target| *seen_from == target),
+                    "asked {target:?}, but the answer seems to come from {seen_from}"
+                );
                 names.insert(name.as_str());
             }
             (Reply::Answer { name, peer, .. }, Expect::Sees(wanted, address)) => {
-                ensure!(name == wanted && peer.to_string() == *address, "{name} sees {peer}");
+                ensure!(name == wanted && peer.to_string() == **address, "{name} sees {peer}");
             }
             (Reply::Refused, Expect::Refused | Expect::Ended) | (Reply::Reset, Expect::Ended) | (Reply::TimedOut, Expect::TimedOut) => {}
             (other, expect) => bail!("expected {expect:?}, got {other:?} (others: {names:?})"),
@@ -169,7 +224,7 @@ pub fn play_all(host_program: &std::path::Path, mode: Mode, filter: Option<&str>
             Ok(()) => println!("{mode}: ok: {} ({:.1?})", scenario.name, started.elapsed()),
             Err(error) => {
                 println!("{mode}: FAILED: {}: {error:#}", scenario.name);
-                failed.push(scenario.name);
+                failed.push(scenario.name.clone());
             }
         }
     }

@@ -16,11 +16,17 @@ pub enum Request {
     /// Connects, asks, closes.
     Dial { transport: Transport, target: SocketAddr },
     /// Connects and keeps the connection under this name.
-    Open { id: String, transport: Transport, target: SocketAddr, connected: bool },
+    ///
+    /// `port` is its own; without one the socket isn't connected (UDP).
+    Open { id: String, transport: Transport, target: SocketAddr, port: Option<u16> },
     /// Asks once more on a kept connection.
     Say { id: String },
     /// Sends this many bytes, half-closes, and counts what comes back.
     Stream { target: SocketAddr, bytes: usize },
+    /// Sends one datagram of this size and waits for its echo.
+    Datagram { target: SocketAddr, bytes: usize },
+    /// An HTTP GET.
+    Get { target: SocketAddr, path: String },
     /// Only for the process that runs the proxy.
     Proxy(ProxyRequest),
 }
@@ -40,6 +46,9 @@ pub struct ProxyConfig {
     pub node_name: String,
     pub node_ips: Vec<IpAddr>,
     pub cluster_cidrs: Vec<String>,
+    pub nodeport_addresses: Vec<String>,
+    pub masquerade_all: bool,
+    pub pod_interface_prefix: Option<String>,
     pub cgroup2_path: String,
     pub pin_dir: String,
     pub instance: String,
@@ -56,6 +65,8 @@ pub enum Reply {
         seen_from: SocketAddr,
     },
     Streamed(usize),
+    /// Head and body as they came.
+    Page(String),
     Refused,
     Reset,
     Unreachable,

@@ -25,10 +25,13 @@ pub enum Place {
 
 pub const NODE_NAME: &str = "node-1";
 pub const NODE_IP: &str = "192.168.77.1";
+pub const NODE_IP6: &str = "fd00:77::1";
 pub const NODE_OUTER_IP: &str = "192.168.78.1";
 pub const POD_A: &str = "10.244.1.10";
 pub const POD_B: &str = "10.244.1.11";
 pub const POD_R: &str = "10.244.2.10";
+pub const QUIET: &str = "10.244.1.12";
+pub const QUIET_R: &str = "10.244.2.12";
 pub const OUTSIDE: &str = "192.168.78.2";
 /// What every backend listens on.
 pub const PORT: u16 = 8080;
@@ -40,7 +43,9 @@ pub struct World {
     remote: Process,
     outside: Process,
     proxy: Option<Process>,
-    node_namespace: Namespace,
+    pub node_namespace: Namespace,
+    /// Where nobody listens.
+    _quiet: Namespace,
     pub cgroup: PathBuf,
     pub pin_dir: PathBuf,
     host_program: PathBuf,
@@ -55,15 +60,18 @@ impl World {
         std::fs::create_dir_all(&cgroup).with_context(|| format!("make {}", cgroup.display()))?;
         let pin_dir = PathBuf::from(format!("/sys/fs/bpf/outrigger-scenarios/{name}-{}", std::process::id()));
 
-        let [pod_a, pod_b, node, remote, outside] = std::array::from_fn(|_| Namespace::new());
-        let (pod_a, pod_b, node, remote, outside) = (pod_a?, pod_b?, node?, remote?, outside?);
+        let [pod_a, pod_b, quiet, node, remote, outside] = std::array::from_fn(|_| Namespace::new());
+        let (pod_a, pod_b, quiet, node, remote, outside) = (pod_a?, pod_b?, quiet?, node?, remote?, outside?);
         connect_pod(&node, &pod_a, "pod-a", POD_A, "fd00:244:1::a")?;
         connect_pod(&node, &pod_b, "pod-b", POD_B, "fd00:244:1::b")?;
+        connect_pod(&node, &quiet, "pod-q", QUIET, "fd00:244:1::c")?;
         node.sysctl("net.ipv4.ip_forward", "1")?;
         node.sysctl("net.ipv6.conf.all.forwarding", "1")?;
         // Refusals of datagrams are ICMP errors, of which the kernel sends one per second and client when there are many.
-        node.sysctl("net.ipv4.icmp_ratelimit", "0")?;
-        node.sysctl("net.ipv6.icmp.ratelimit", "0")?;
+        for namespace in [&node, &quiet, &remote] {
+            namespace.sysctl("net.ipv4.icmp_ratelimit", "0")?;
+            namespace.sysctl("net.ipv6.icmp.ratelimit", "0")?;
+        }
 
         node.link("remote", &remote, "eth0")?;
         node.ip(&format!("addr add {NODE_IP}/24 dev remote"))?;
@@ -72,6 +80,8 @@ impl World {
         remote.ip("addr add fd00:77::2/64 dev eth0 nodad")?;
         remote.ip(&format!("addr add {POD_R}/32 dev lo"))?;
         remote.ip("addr add fd00:244:2::a/128 dev lo")?;
+        remote.ip(&format!("addr add {QUIET_R}/32 dev lo"))?;
+        remote.ip("addr add fd00:244:2::c/128 dev lo")?;
         node.ip("route add 10.244.2.0/24 via 192.168.77.2")?;
         node.ip("-6 route add fd00:244:2::/64 via fd00:77::2")?;
         // A node has a way out; here it ends at the other node, which forwards nothing.
@@ -98,6 +108,7 @@ impl World {
             outside: start(&outside, false)?,
             proxy: None,
             node_namespace: node,
+            _quiet: quiet,
             cgroup: cgroup.clone(),
             pin_dir,
             host_program: host_program.into(),

@@ -170,6 +170,11 @@ pub fn open_cgroup(path: &Path) -> Result<File> {
     File::open(path).map_err(|error| BackendError::kernel(what(), error))
 }
 
+/// The programs that have to be in the object.
+pub fn programs() -> impl Iterator<Item = String> {
+    HOOKS.iter().chain(&INTERFACE_HOOKS).map(|(hook, _)| format!("outrigger_{hook}"))
+}
+
 /// Puts the programs in their places, each in the former one's stead by one atomic step.
 pub fn attach_cgroup(programs: &Programs, cgroup: &File, pins: &Pins) -> Result<()> {
     let id = cgroup.metadata().map_err(|error| BackendError::kernel("read the cgroup's id", error))?.ino();
@@ -182,28 +187,29 @@ pub fn attach_cgroup(programs: &Programs, cgroup: &File, pins: &Pins) -> Result<
     Ok(())
 }
 
-/// An interface that traffic from outside arrives on.
+/// An interface of the node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface {
     pub name: String,
     pub index: u32,
 }
 
-/// The hooks of an uplink: program, and `enum bpf_attach_type`. Answers are renamed before requests are led anywhere.
-const UPLINK_HOOKS: [(&str, u32); 2] = [("leave", 47), ("arrive", 46)];
+/// The hooks of an interface: program, and `enum bpf_attach_type`. Answers are renamed before requests are led anywhere.
+const INTERFACE_HOOKS: [(&str, u32); 2] = [("leave", 47), ("arrive", 46)];
 
-/// Puts the packet programs on the uplinks, and takes them from interfaces that are none any more. To be called in the node's network
-/// namespace.
-pub fn attach_uplinks(programs: &mut Programs, interfaces: &[Interface], pins: &Pins) -> Result<()> {
-    let pin_of = |interface: &Interface, hook: &str| pins.links().join(format!("uplink_{}_{hook}", interface.index));
+/// Puts the packet programs on interfaces, and forgets interfaces that are gone. To be called in the node's network namespace.
+pub fn attach_interfaces(programs: &mut Programs, interfaces: &[Interface], pins: &Pins) -> Result<()> {
+    let pin_of = |interface: &Interface, hook: &str| pins.links().join(format!("interface_{}_{hook}", interface.index));
     for interface in interfaces {
-        for (hook, attach_type) in UPLINK_HOOKS {
+        for (hook, attach_type) in INTERFACE_HOOKS {
             let name = format!("outrigger_{hook}");
             let pin = pin_of(interface, hook);
             // The low half of the target is the interface's index.
             let attached =
                 attach(programs.program(&name)?, interface.index, attach_type, &pin, |info| info.target as u32 == interface.index);
             match attached {
+                // It has gone meanwhile.
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => break,
                 // Before Linux 6.6 there are no links to interfaces.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                     programs.attach_classic(&name, &interface.name, hook == "arrive")?
@@ -214,10 +220,10 @@ pub fn attach_uplinks(programs: &mut Programs, interfaces: &[Interface], pins: &
             }
         }
     }
-    let wanted: Vec<_> = interfaces.iter().flat_map(|interface| UPLINK_HOOKS.map(|(hook, _)| pin_of(interface, hook))).collect();
+    let wanted: Vec<_> = interfaces.iter().flat_map(|interface| INTERFACE_HOOKS.map(|(hook, _)| pin_of(interface, hook))).collect();
     for path in children(&pins.links())? {
-        let is_uplink = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"uplink_"));
-        if is_uplink && !wanted.contains(&path) {
+        let is_interface = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"interface_"));
+        if is_interface && !wanted.contains(&path) {
             fs::remove_file(&path).map_err(|error| BackendError::kernel(format!("unpin {}", path.display()), error))?;
         }
     }

@@ -8,8 +8,8 @@ use crate::backend::{BackendError, Result};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("OUTRIGGER_BPF_OBJECT"));
 
-/// Why nothing can be loaded, when the build had no object.
-pub const NOT_BUILT: &str = "built without its eBPF programs: run `cargo xtask build-ebpf` and build again";
+const NOT_BUILT: &str = "built without its eBPF programs: run `cargo xtask build-ebpf` and build again";
+const OUTDATED: &str = "built with eBPF programs of another version: run `cargo xtask build-ebpf` and build again";
 
 /// How many elements the maps of the table have room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +39,7 @@ impl Sizes {
 
 const TABLE_MAPS: [&str; 4] = ["frontends", "cluster_ips", "slots", "counters"];
 /// Maps that outlive a change of size, with how many elements they hold.
-const SHARED_MAPS: [(&str, u32); 7] = [
+const SHARED_MAPS: [(&str, u32); 8] = [
     ("node_addresses", 4096),
     ("source_ranges", 1 << 16),
     ("affinity", 1 << 15),
@@ -48,14 +48,21 @@ const SHARED_MAPS: [(&str, u32); 7] = [
     ("uplinks", 64),
     // Two for each connection from outside.
     ("flows", 1 << 16),
+    // Datagrams whose parts are on their way.
+    ("fragments", 1 << 12),
 ];
 
 /// Where classic tc filters of ours hang: before those that ask for no place of their own.
 const FILTER_PRIORITY: u16 = 10;
 const FILTER_HANDLE: u16 = 0x4f52;
 
-pub fn is_built() -> bool {
-    !OBJECT.is_empty()
+/// Why the object that was built in can't be used, when it can't.
+pub fn unusable() -> Option<&'static str> {
+    if OBJECT.is_empty() {
+        return Some(NOT_BUILT);
+    }
+    let marker = outrigger_abi::MARKER;
+    (!OBJECT.windows(marker.len()).any(|window| window == marker)).then_some(OUTDATED)
 }
 
 /// Programs in the kernel, attached to nothing yet. Dropping them leaves what was attached and pinned.
@@ -92,8 +99,8 @@ impl Programs {
     }
 
     fn load_with<'a>(loader: &mut EbpfLoader<'a>, host_namespace: &'a u64) -> Result<Self> {
-        if !is_built() {
-            return Err(BackendError::failed("load the eBPF programs", NOT_BUILT));
+        if let Some(reason) = unusable() {
+            return Err(BackendError::failed("load the eBPF programs", reason));
         }
         let failed = |what: String, error: &dyn std::error::Error| BackendError::failed(what, chain(error));
         let mut ebpf = loader

@@ -2,19 +2,20 @@
 //!
 //! [`plan`] says what the maps should hold (pure), [`load`] brings maps and programs into the kernel, [`maps`] reads and writes them,
 //! [`attach`] holds the programs in place by pinned links, [`restore`] reads a former agent's maps back, [`sockets`] ends what
-//! still points at a gone backend, [`inspect`] shows what the maps say.
+//! still points at a gone backend, [`sweep`] forgets connections that are over, [`inspect`] shows what the maps say.
 mod attach;
 pub mod inspect;
 mod load;
 mod maps;
-mod namespace;
 mod plan;
 mod restore;
 mod sockets;
+mod sweep;
 mod sys;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -25,25 +26,27 @@ use outrigger_desired::{self as desired, Delta, Entry, Family, Frontend, Protoco
 
 use crate::backend::{Applied, Backend, BackendError, Counted, Live, Parting, Pending, Restored, Result};
 use crate::config::{Config, Mode, PodInterfaces};
+use crate::namespace::{self, Address, Changes, Namespace};
 use attach::{Interface, Pins};
 use load::{Programs, Sizes};
 use maps::{Shared, Tables};
-use namespace::{Address, Namespace};
 use plan::{Batch, Layout};
+use sweep::Sweep;
 
-/// How often the node's addresses are looked at again.
-const ADDRESS_INTERVAL: Duration = Duration::from_secs(10);
+/// How often the kernel is asked whether the node's interfaces or addresses changed.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The first feature that this kernel or build lacks, or `None` when eBPF can carry Service traffic here.
 pub fn missing(config: &Config) -> Option<String> {
-    if !load::is_built() {
-        return Some(load::NOT_BUILT.into());
+    if let Some(reason) = load::unusable() {
+        return Some(reason.into());
     }
     let tried = attach::open_cgroup(&config.cgroup2_path)
         .map(drop)
         .and_then(|()| Pins::mount(&config.pin_dir))
         .and_then(|()| namespace::cookie().map(drop).map_err(|error| BackendError::kernel("read the network namespace's cookie", error)))
-        .and_then(|()| Programs::try_load().map(drop));
+        .and_then(|()| Programs::try_load())
+        .and_then(|programs| attach::programs().try_for_each(|name| programs.program(&name).map(drop)));
     tried.err().map(|error| error.to_string())
 }
 
@@ -55,8 +58,8 @@ pub fn is_left(config: &Config) -> bool {
 }
 
 pub fn open(config: &Config) -> Result<Box<dyn Backend>> {
-    if !load::is_built() {
-        return Err(BackendError::Unsupported { mode: Mode::Ebpf, missing: load::NOT_BUILT.into() });
+    if let Some(reason) = load::unusable() {
+        return Err(BackendError::Unsupported { mode: Mode::Ebpf, missing: reason.into() });
     }
     Ok(Box::new(Ebpf::open(config)?))
 }
@@ -79,8 +82,10 @@ struct Ebpf {
     narrowed: bool,
     /// The programs of this agent are in place.
     attached: bool,
-    /// The uplinks that they hang on.
+    /// The interfaces that they hang on.
     attached_to: Vec<Interface>,
+    changes: Changes,
+    sweep: Sweep,
 }
 
 impl Ebpf {
@@ -89,6 +94,8 @@ impl Ebpf {
         let pins = Pins::open(&config.pin_dir)?;
         let node = Namespace::current().map_err(|error| BackendError::kernel("open the node's network namespace", error))?;
         let host_namespace = namespace::cookie().map_err(|error| BackendError::kernel("read the network namespace's cookie", error))?;
+        let watch = |error| BackendError::kernel("watch the node's interfaces", error);
+        let changes = node.run(Changes::open).map_err(watch)?.map_err(watch)?;
         let programs = Programs::load(&pins.tables(), &pins.shared(), &Sizes::INITIAL, host_namespace)?;
         let tables = Tables::open(&pins.tables())?;
         let shared = Shared::open(&pins.shared())?;
@@ -109,6 +116,8 @@ impl Ebpf {
             narrowed: false,
             attached: false,
             attached_to: Vec::new(),
+            changes,
+            sweep: Sweep::default(),
         })
     }
 
@@ -121,7 +130,7 @@ impl Ebpf {
             // The mirror may be wrong after a failure; the kernel isn't.
             self.layout = restore::read(&self.tables)?;
         }
-        let batch = self.layout.apply(table, delta);
+        let batch = self.layout.apply(table, delta, &self.node_ips);
         let (upserted, removed) = (batch.puts.len(), batch.deletes.len());
         self.update_source_ranges(table, delta)?;
         if self.sizes().hold(&self.layout.needed()) {
@@ -135,7 +144,9 @@ impl Ebpf {
         } else {
             self.grow()?;
         }
-        self.update_addresses()?;
+        if delta.full || self.changes.any() {
+            self.update_addresses()?;
+        }
         if !self.attached {
             self.pins.remove_other_versions()?;
             self.attached = true;
@@ -172,25 +183,22 @@ impl Ebpf {
         Ok(())
     }
 
-    /// Keeps to the node's addresses: those that NodePorts and host ports are reached by, and the interfaces that they sit on.
+    /// Keeps to the node's addresses, which NodePorts and host ports are reached by, and to its interfaces.
     fn update_addresses(&mut self) -> Result<()> {
-        let failed = |error| BackendError::kernel("list the node's addresses", error);
-        let addresses = self.node.run(namespace::addresses).map_err(failed)?.map_err(failed)?;
+        let failed = |error| BackendError::kernel("list the node's interfaces", error);
+        let look = || -> io::Result<_> { Ok((namespace::addresses()?, namespace::interfaces()?)) };
+        let (addresses, names) = self.node.run(look).map_err(failed)?.map_err(failed)?;
         self.shared.node_addresses.settle(node_addresses(&addresses, &self.nodeport_addresses))?;
         let uplinks = uplinks(&addresses, &self.node_ips, &self.cluster_cidrs, self.pod_interfaces.as_ref());
-        let Self { node, programs, pins, shared, attached_to, .. } = self;
+        let Self { node, node_ips, programs, pins, shared, attached_to, .. } = self;
         let attach = || -> Result<Vec<Interface>> {
-            let mut interfaces = Vec::new();
-            let mut sources = HashMap::new();
-            for (name, uplink) in uplinks {
-                let index = nix::net::if_::if_nametoindex(name.as_str());
-                let index = index.map_err(|error| BackendError::kernel(format!("find the interface {name}"), error.into()))?;
-                sources.insert(index, uplink);
-                interfaces.push(Interface { name, index });
-            }
-            shared.uplinks.settle(sources)?;
+            // Those that are gone by now have no index.
+            let indexed = |name: String| Some(Interface { index: nix::net::if_::if_nametoindex(name.as_str()).ok()?, name });
+            let interfaces: Vec<Interface> = names.into_iter().filter_map(indexed).collect();
+            let sources = interfaces.iter().filter_map(|interface| Some((interface.index, *uplinks.get(&interface.name)?)));
+            shared.uplinks.settle(sources.chain([(0, own_addresses(node_ips))]).collect())?;
             if *attached_to != interfaces {
-                attach::attach_uplinks(programs, &interfaces, pins)?;
+                attach::attach_interfaces(programs, &interfaces, pins)?;
             }
             Ok(interfaces)
         };
@@ -300,6 +308,12 @@ fn is_stale(table: &Table, peer: &abi::Peer, backend: SocketAddr) -> bool {
     }
 }
 
+/// The node as a whole, for those who ask for its address but come by no uplink.
+fn own_addresses(node_ips: &[IpAddr]) -> abi::Uplink {
+    let first = |v4: bool| node_ips.iter().find(|ip| ip.is_ipv4() == v4).map(|ip| abi::Addr::from(*ip)).unwrap_or_default();
+    abi::Uplink { v4: first(true), v6: first(false) }
+}
+
 /// Which of the node's addresses answer, and to whom.
 fn node_addresses(found: &[Address], selected: &[IpNet]) -> HashMap<abi::Addr, u32> {
     use abi::node_address_flags::{HOST_ONLY, NODE_PORTS};
@@ -366,11 +380,13 @@ impl Backend for Ebpf {
     fn tidy(&mut self) -> Pending<'_, Option<Duration>> {
         Box::pin(async {
             if self.attached
+                && self.changes.any()
                 && let Err(error) = self.update_addresses()
             {
-                tracing::warn!(%error, "the node's addresses for NodePorts may be out of date");
+                tracing::warn!(%error, "interfaces and addresses that Services are reached by may be out of date");
             }
-            Some(ADDRESS_INTERVAL)
+            self.sweep.flows(&self.shared.flows);
+            Some(LOOK_INTERVAL)
         })
     }
 

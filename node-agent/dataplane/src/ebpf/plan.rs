@@ -5,6 +5,7 @@
 use std::collections::hash_map::Entry as MapEntry;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use outrigger_abi as abi;
@@ -170,14 +171,16 @@ impl Layout {
     }
 
     /// The steps that bring the maps from what they hold to `table`.
-    pub fn apply(&mut self, table: &Table, delta: &Delta) -> Batch {
+    ///
+    /// `node_ips` are the addresses that the node's own connections come from.
+    pub fn apply(&mut self, table: &Table, delta: &Delta, node_ips: &[IpAddr]) -> Batch {
         for range in std::mem::take(&mut self.leaving) {
             self.space.free(range);
         }
         let mut batch = Batch::default();
         for upsert in &delta.upserts {
             if let Some(entry) = table.get(&upsert.frontend) {
-                self.put(&upsert.frontend, entry, &mut batch);
+                self.put(&upsert.frontend, entry, node_ips, &mut batch);
             }
         }
         for removal in &delta.removals {
@@ -192,13 +195,13 @@ impl Layout {
         batch
     }
 
-    fn put(&mut self, frontend: &Frontend, entry: &Entry, batch: &mut Batch) {
+    fn put(&mut self, frontend: &Frontend, entry: &Entry, node_ips: &[IpAddr], batch: &mut Batch) {
         let key = key(frontend);
         let service = self.service(&entry.service, &key, batch);
         let internal = self.hold(service, entry.short_circuit.as_ref().unwrap_or(&entry.backends), batch);
         let external = self.hold(service, &entry.backends, batch);
         let affinity = entry.affinity.map_or(0, |time| u32::try_from(time.as_secs()).unwrap_or(u32::MAX));
-        let value = abi::Frontend { service, internal, external, flags: flags(entry), affinity };
+        let value = abi::Frontend { service, internal, external, flags: flags(entry, node_ips), affinity };
         self.services[service as usize].users += 1;
         let previous = self.frontends.insert(key, value);
         if previous != Some(value) {
@@ -317,7 +320,7 @@ pub fn key(frontend: &Frontend) -> abi::FrontendKey {
     abi::FrontendKey::new(addr, abi::Port::new(frontend.port), protocol(frontend.protocol))
 }
 
-fn flags(entry: &Entry) -> u32 {
+fn flags(entry: &Entry, node_ips: &[IpAddr]) -> u32 {
     use abi::frontend_flags::*;
     let mut flags = match entry.masquerade {
         Masquerade::OffCluster => 0,
@@ -333,8 +336,8 @@ fn flags(entry: &Entry) -> u32 {
         // What reaches clients inside by the short circuit has its own reason to be empty: no endpoint anywhere.
         flags |= DROP_EXTERNAL | if entry.short_circuit.is_none() { DROP_INTERNAL } else { 0 };
     }
-    if !entry.source_ranges.is_empty() {
-        flags |= SOURCE_RANGES;
+    if !entry.admits_all() {
+        flags |= SOURCE_RANGES | if entry.admits_node(node_ips) { 0 } else { NODE_REFUSED };
     }
     flags
 }

@@ -1,18 +1,15 @@
 //! Steps in, map writes out: golden texts, and the layout's promises under long random change.
-use std::net::IpAddr;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Service as ServiceObject;
-use k8s_openapi::api::discovery::v1::EndpointSlice;
-use outrigger_desired::{Change, State, Touched, Watched};
-use serde_json::{Value, json};
+use outrigger_desired::Change;
+use serde_json::json;
 
 use super::*;
+use crate::testing::{Listener, gone, service, slice};
 
 /// A node that hears of Services, and the maps that follow.
 struct Node {
-    state: State,
-    table: Table,
+    listener: Listener,
     layout: Layout,
     /// The maps as the batches leave them.
     frontends: HashMap<abi::FrontendKey, abi::Frontend>,
@@ -21,20 +18,12 @@ struct Node {
 
 impl Node {
     fn new() -> Self {
-        Self {
-            state: State::new("node"),
-            table: Table::default(),
-            layout: Layout::default(),
-            frontends: HashMap::new(),
-            slots: HashMap::new(),
-        }
+        Self { listener: Listener::default(), layout: Layout::default(), frontends: HashMap::new(), slots: HashMap::new() }
     }
 
     fn hear(&mut self, change: &Change) -> Batch {
-        let mut touched = Touched::default();
-        touched.merge(self.state.apply(change));
-        let delta = self.table.update(&self.state, &touched);
-        let batch = self.layout.apply(&self.table, &delta);
+        let delta = self.listener.hear(change);
+        let batch = self.layout.apply(&self.listener.table, &delta, &[]);
         self.write(&batch);
         batch
     }
@@ -65,29 +54,6 @@ impl Node {
     fn adopted(&self) -> Layout {
         Layout::adopt(self.frontends.iter().map(|(key, value)| (*key, *value)).collect(), |index| self.slots.get(&index).copied())
     }
-}
-
-fn service(name: &str, ip: &str, spec: Value) -> Change {
-    let mut base = json!({"clusterIP": ip, "clusterIPs": [ip], "ports": [{"port": 80, "protocol": "TCP"}]});
-    spec.as_object().into_iter().flatten().for_each(|(key, value)| base[key] = value.clone());
-    let object = json!({"metadata": {"name": name, "namespace": "ns"}, "spec": base});
-    Change::Service(Watched::Applied(Arc::new(serde_json::from_value::<ServiceObject>(object).unwrap())))
-}
-
-fn gone(name: &str) -> Change {
-    let object = json!({"metadata": {"name": name, "namespace": "ns"}});
-    Change::Service(Watched::Deleted(Arc::new(serde_json::from_value::<ServiceObject>(object).unwrap())))
-}
-
-/// Endpoints on this node (`local`) and elsewhere.
-fn slice(name: &str, local: &[&str], remote: &[&str]) -> Change {
-    let on = |node: &str, ip: &&str| json!({"addresses": [ip], "nodeName": node, "conditions": {"ready": true}});
-    let endpoints: Vec<_> = local.iter().map(|ip| on("node", ip)).chain(remote.iter().map(|ip| on("other", ip))).collect();
-    let object = json!({
-        "metadata": {"name": name, "namespace": "ns", "labels": {"kubernetes.io/service-name": name}},
-        "addressType": "IPv4", "endpoints": endpoints, "ports": [{"port": 8080, "protocol": "TCP"}],
-    });
-    Change::EndpointSlice(Watched::Applied(Arc::new(serde_json::from_value::<EndpointSlice>(object).unwrap())))
 }
 
 #[test]
@@ -146,10 +112,10 @@ fn a_new_agent_changes_nothing_that_is_right_and_removes_what_is_stale() {
         node.hear(&step);
     }
     node.layout = node.adopted();
-    assert_eq!(node.layout.apply(&node.table, &Delta::full(&node.table)), Batch::default());
-    node.state.apply(&gone("old"));
-    let table = Table::build(&node.state);
-    let batch = node.layout.apply(&table, &Delta::full(&table));
+    assert_eq!(node.layout.apply(&node.listener.table, &Delta::full(&node.listener.table), &[]), Batch::default());
+    node.listener.state.apply(&gone("old"));
+    let table = Table::build(&node.listener.state);
+    let batch = node.layout.apply(&table, &Delta::full(&table), &[]);
     assert_eq!(batch.to_string(), "delete 10.96.0.2:80/6\n");
 }
 
@@ -160,7 +126,7 @@ fn adopted_frontends_with_foreign_slots_are_written_anew() {
     node.hear(&service("web", "10.96.0.1", json!({})));
     node.slots.get_mut(&1).unwrap().service = 9;
     node.layout = node.adopted();
-    let batch = node.layout.apply(&node.table, &Delta::full(&node.table));
+    let batch = node.layout.apply(&node.listener.table, &Delta::full(&node.listener.table), &[]);
     assert_eq!(batch.to_string(), "slot 2 = 1 10.0.1.1:8080\nput 10.96.0.1:80/6 = 1 [2+1] flags 0x40\n");
 }
 
@@ -182,7 +148,7 @@ fn long_change_leaks_no_space_and_no_index() {
         };
         if step % 500 == 499 {
             node.layout = node.adopted();
-            let batch = node.layout.apply(&node.table, &Delta::full(&node.table));
+            let batch = node.layout.apply(&node.listener.table, &Delta::full(&node.listener.table), &[]);
             assert_eq!(batch, Batch::default(), "the kernel holds what is wanted");
         }
     }
@@ -220,7 +186,7 @@ fn times_beyond_the_maps_are_capped() {
     let frontend = Frontend { address: Address::Ip(IpAddr::from([10, 96, 0, 1])), port: 80, protocol: Protocol::Tcp };
     let mut layout = Layout::default();
     let mut batch = Batch::default();
-    layout.put(&frontend, &entry(u64::MAX), &mut batch);
+    layout.put(&frontend, &entry(u64::MAX), &[], &mut batch);
     assert_eq!(batch.puts[0].1.affinity, u32::MAX);
 }
 
@@ -228,7 +194,7 @@ impl Node {
     fn named() -> ServicePortName {
         let mut node = Self::new();
         node.hear(&service("any", "10.96.0.9", json!({})));
-        let (_, entry) = node.table.iter().next().unwrap();
+        let (_, entry) = node.listener.table.iter().next().unwrap();
         entry.service.clone()
     }
 }

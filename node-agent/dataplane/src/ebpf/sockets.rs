@@ -13,8 +13,8 @@ use nix::sys::socket::{
 use outrigger_abi::{Addr, DatagramKey, Endpoint, Peer, Port, UDP, datagram_direction};
 
 use super::maps::Shared;
-use super::namespace::Namespace;
 use crate::backend::Live;
+use crate::namespace::Namespace;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;

@@ -1,36 +1,46 @@
 //! Transactions into the kernel.
 use std::io::Write;
+use std::net::SocketAddr;
 use std::process::{Command, Stdio};
 
-use outrigger_desired::{Delta, Table};
+use netlink_sys::constants::NETLINK_NETFILTER;
+use outrigger_desired::{Delta, Frontend, Table};
 
-use super::render::{self, Model, Surroundings};
+use super::Surroundings;
+use super::inspect;
+use super::ops::{Op, TABLE};
+use super::plan::Model;
+use super::render;
+use super::wire::Batch;
 use crate::backend::{Applied, BackendError, Result};
 use crate::conntrack;
+use crate::netlink::Connection;
 
-#[derive(Debug)]
+/// Steps per transaction while a table is filled that isn't in use yet.
+const PART: usize = 20_000;
+
 pub(super) struct Kernel {
     around: Surroundings,
     model: Model,
+    connection: Connection,
+    /// The table in use.
+    table: String,
 }
 
 impl Kernel {
-    pub fn new(around: Surroundings) -> Self {
-        Self { around, model: Model::default() }
+    pub fn open(around: Surroundings) -> Result<Self> {
+        let connection = Connection::open(NETLINK_NETFILTER)
+            .and_then(|connection| connection.allow_large_messages().map(|()| connection))
+            .map_err(|error| BackendError::kernel("open a netlink socket for nftables", error))?;
+        Ok(Self { around, model: Model::default(), connection, table: String::new() })
     }
 
     pub fn apply(&mut self, table: &Table, delta: &Delta) -> Result<Applied> {
-        let mut text = String::new();
         if delta.full {
-            self.model = Model::default();
-            text = render::skeleton(&self.around);
-        }
-        for op in self.model.plan(table, delta) {
-            text.push_str(&op.to_string());
-            text.push('\n');
-        }
-        if !text.is_empty() {
-            nft(&text)?;
+            self.rebuild(table, delta)?;
+        } else {
+            let ops = self.model.plan(table, delta, &self.around.node_ips);
+            self.transact(&self.table, &ops)?;
         }
         // After the rules: what is translated anew meets the new ones.
         let ended =
@@ -38,28 +48,62 @@ impl Kernel {
         Ok(Applied { upserted: delta.upserts.len(), removed: delta.removals.len(), ended })
     }
 
-    /// True when chains are left that couldn't be deleted yet.
-    pub fn tidy(&mut self) -> bool {
-        let ops = self.model.leftovers();
+    /// Fills a new table beside the one in use, then lets it take that one's place in one step. Established connections live on in
+    /// conntrack.
+    fn rebuild(&mut self, table: &Table, delta: &Delta) -> Result<()> {
+        let others = existing()?;
+        let last = others.iter().filter_map(|name| name.rsplit('-').next()?.parse::<u64>().ok()).max();
+        let name = format!("{TABLE}-{}", last.unwrap_or(0) + 1);
+        self.model = Model::default();
+        nft(&render::skeleton(&name, &self.around))?;
+        let ops = self.model.plan(table, delta, &self.around.node_ips);
+        for part in ops.chunks(PART) {
+            self.transact(&name, part)?;
+        }
+        let mut batch = Batch::new(&name);
+        batch.wake();
+        others.iter().for_each(|other| batch.delete_table(other));
+        self.connection.batch(&batch.finish()).map_err(|error| BackendError::kernel("put the new nftables table in use", error))?;
+        self.table = name;
+        Ok(())
+    }
+
+    pub fn lookup(&self, frontend: Frontend, outside: bool) -> Result<Option<Vec<SocketAddr>>> {
+        inspect::lookup(&self.table, self.model.rules(), frontend, outside)
+    }
+
+    fn transact(&self, table: &str, ops: &[Op]) -> Result<()> {
         if ops.is_empty() {
-            return false;
+            return Ok(());
         }
-        let text: String = ops.iter().map(|op| format!("{op}\n")).collect();
-        match nft(&text) {
-            Ok(()) => {
-                self.model.tidied();
-                false
-            }
-            Err(error) => {
-                tracing::debug!(%error, "emptied chains can't be deleted yet");
-                true
-            }
-        }
+        let mut batch = Batch::new(table);
+        batch.push(ops);
+        self.connection.batch(&batch.finish()).map_err(|error| {
+            let steps: String = ops.iter().take(20).map(|op| format!("{op}; ")).collect();
+            tracing::debug!(table, %error, steps, of = ops.len(), "nftables transaction refused");
+            BackendError::kernel(format!("apply an nftables transaction of {} steps", ops.len()), error)
+        })
     }
 }
 
+/// The names of our tables, whoever made them. Only names are listed.
+pub(super) fn existing() -> Result<Vec<String>> {
+    let output = Command::new("nft").args(["list", "tables", "inet"]).output();
+    let output = output.map_err(|error| BackendError::kernel("run nft", error))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let names = text.lines().filter_map(|line| line.strip_prefix("table inet "));
+    let own = names.filter(|name| name.strip_prefix(TABLE).is_some_and(|rest| rest.is_empty() || rest.starts_with('-')));
+    Ok(own.map(Into::into).collect())
+}
+
+/// Deletes our tables, and makes the one that `text` describes in the same step.
+pub(super) fn replace_all(text: &str) -> Result<()> {
+    let deletes: String = existing()?.iter().map(|name| format!("delete table inet {name}\n")).collect();
+    nft(&format!("{deletes}{text}"))
+}
+
 /// Runs one transaction given as text.
-pub(super) fn nft(text: &str) -> Result<()> {
+fn nft(text: &str) -> Result<()> {
     let failed = |error: std::io::Error| BackendError::kernel("run nft", error);
     let mut child =
         Command::new("nft").args(["-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().map_err(failed)?;

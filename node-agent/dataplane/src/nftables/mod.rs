@@ -1,23 +1,38 @@
-//! Service traffic by nftables: one table, verdict maps, delta transactions. The table is never listed to learn its state.
+//! Service traffic by nftables: one table of maps, changed by delta transactions and never listed to learn its state.
+//!
+//! What belongs to a Service is elements of maps, never a chain, a set or a rule of its own: the kernel goes through all of those at
+//! each transaction. [`render`] is what doesn't depend on Services, [`plan`] says which elements they are (pure), [`rules`] and
+//! [`wire`] put them in the kernel's words, [`apply`] carries them over, [`inspect`] reads single ones back.
 mod apply;
 mod inspect;
 mod ops;
+mod plan;
 mod render;
+mod rules;
+mod wire;
 
-use std::net::SocketAddr;
-use std::time::Duration;
+use std::net::{IpAddr, SocketAddr};
 
+use ipnet::IpNet;
 use outrigger_desired::{Delta, Frontend, Table};
 
 use crate::backend::{Applied, Backend, BackendError, Live, Parting, Pending, Restored, Result};
-use crate::config::{Config, Mode};
+use crate::config::{Config, Mode, PodInterfaces};
 use crate::conntrack;
 use apply::Kernel;
 
 /// Linux before 5.13 lacks what the table is made of (and its nft may choke on it).
 const MIN_KERNEL: (u32, u32) = (5, 13);
-/// How long an emptied chain may still be referenced; see `render::Model`.
-const CHAIN_REST: Duration = Duration::from_secs(1);
+
+/// What of the node shapes the table.
+#[derive(Clone, Debug, Default)]
+struct Surroundings {
+    cluster_cidrs: Vec<IpNet>,
+    nodeport_addresses: Vec<IpNet>,
+    node_ips: Vec<IpAddr>,
+    pod_interfaces: Option<PodInterfaces>,
+    masquerade_all: bool,
+}
 
 /// The first thing that this node lacks, or `None` when nftables can carry Service traffic here.
 pub fn missing() -> Option<String> {
@@ -37,20 +52,20 @@ fn kernel_version(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()??, numbers.next()??))
 }
 
-/// Whether the kernel has a table that translates new connections.
+/// Whether the kernel has a table that translates new connections; the one that is left after a handover has no number.
 pub fn is_left() -> bool {
-    let services = format!("list chain inet {} services", ops::TABLE);
-    std::process::Command::new("nft").arg(services).output().is_ok_and(|output| output.status.success())
+    apply::existing().is_ok_and(|names| names.iter().any(|name| name != ops::TABLE))
 }
 
 pub fn open(config: &Config) -> Result<Box<dyn Backend>> {
-    let around = render::Surroundings {
+    let around = Surroundings {
         cluster_cidrs: config.cluster_cidrs.clone(),
+        nodeport_addresses: config.nodeport_addresses.clone(),
+        node_ips: config.node_ips.clone(),
         pod_interfaces: config.pod_interfaces.clone(),
         masquerade_all: config.masquerade_all,
-        nodeport_addresses: config.nodeport_addresses.clone(),
     };
-    Ok(Box::new(Nftables { kernel: Kernel::new(around) }))
+    Ok(Box::new(Nftables { kernel: Kernel::open(around)? }))
 }
 
 struct Nftables {
@@ -71,12 +86,8 @@ impl Backend for Nftables {
         Box::pin(async move { tokio::task::block_in_place(|| self.kernel.apply(table, delta)) })
     }
 
-    fn tidy(&mut self) -> Pending<'_, Option<Duration>> {
-        Box::pin(async move { tokio::task::block_in_place(|| self.kernel.tidy()).then_some(CHAIN_REST) })
-    }
-
     fn lookup(&self, frontend: &Frontend, outside: bool) -> Result<Option<Vec<SocketAddr>>> {
-        inspect::lookup(*frontend, outside)
+        self.kernel.lookup(*frontend, outside)
     }
 
     fn live(&self, table: &Table) -> Result<Vec<Live>> {
@@ -85,9 +96,9 @@ impl Backend for Nftables {
 
     fn teardown(&mut self, parting: Parting) -> Pending<'_, Result<()>> {
         let text = match parting {
-            Parting::Handover => render::handover(),
-            Parting::Final => format!("add table inet {0}\ndelete table inet {0}\n", ops::TABLE),
+            Parting::Handover => render::handover(ops::TABLE),
+            Parting::Final => String::new(),
         };
-        Box::pin(async move { apply::nft(&text).map_err(|error| BackendError::failed("take the nftables table down", error)) })
+        Box::pin(async move { apply::replace_all(&text).map_err(|error| BackendError::failed("take the nftables table down", error)) })
     }
 }

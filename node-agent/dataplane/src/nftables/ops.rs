@@ -1,85 +1,155 @@
-//! The vocabulary of a transaction: every step that the Service path takes in its table, and its text in nft's language.
+//! The vocabulary of the table: its sets, their elements, the rules that are made as they are needed. Shown as nft would show them.
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::net::IpAddr;
 
 use ipnet::IpNet;
-use outrigger_desired::{Endpoint, Family, Protocol};
+use outrigger_desired::{Family, Protocol};
 
+/// How the table's name begins; a number that grows with each rebuild follows.
 pub(super) const TABLE: &str = "outrigger-proxy";
 /// The bit that asks for masquerading; kube-proxy's own, so that others' rules which know it go on working.
 pub(super) const MASQUERADE_MARK: u32 = 0x4000;
 
-pub(super) type Name = Arc<str>;
+/// What a frontend is looked up by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum By {
+    /// Address, protocol and port.
+    Address,
+    /// Protocol and port, at any of the node's addresses.
+    Port,
+}
 
-/// The table's fixed sets and maps; there is one of each per family.
+/// What there is to know about a frontend, each in a set of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Fact {
+    /// With a slot: an endpoint.
+    Endpoints,
+    /// The same for clients that stick, as the endpoint's number.
+    Choices,
+    /// With its seconds: clients stick to their endpoints.
+    Sticky,
+    /// With a client: the number of the endpoint that it had last. Filled by the kernel.
+    Affinity,
+    /// The node and its pods are led to other endpoints (policy Local).
+    Split,
+    /// Everybody is masqueraded.
+    Masquerade,
+    /// The node's own connections are.
+    MasqueradeNode,
+    /// What is refused or dropped before it is translated.
+    NoEndpoints,
+}
+
+/// For whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Whom {
+    All,
+    /// The node and its pods, where a frontend is split.
+    Inside,
+}
+
+/// The table's sets and maps; there is one of each per family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Set {
     /// Addresses of Services inside the cluster.
     ClusterIps,
     /// Endpoints on this node, as source and destination: a pod that was sent back to itself.
     Hairpin,
-    ServiceIps,
+    Frontends,
     NodePorts,
     HostPorts,
-    /// What is refused or dropped before it is translated.
-    NoEndpoints,
-    NoEndpointPorts,
+    Of(Fact, By, Whom),
+    /// Endpoints that clients stick to, by number.
+    Numbered,
     /// Load balancer addresses with loadBalancerSourceRanges.
     Firewall,
+    /// Who may connect to them.
+    Allowed,
 }
 
 impl Set {
-    pub const ALL: [Self; 8] = [
-        Self::ClusterIps,
-        Self::Hairpin,
-        Self::ServiceIps,
-        Self::NodePorts,
-        Self::HostPorts,
-        Self::NoEndpoints,
-        Self::NoEndpointPorts,
-        Self::Firewall,
-    ];
+    pub fn all() -> impl Iterator<Item = Self> {
+        use Fact::{Affinity, Choices, Endpoints, Masquerade, MasqueradeNode, NoEndpoints, Split, Sticky};
+        let of = [Affinity, Masquerade, MasqueradeNode, NoEndpoints, Split].map(|fact| (fact, Whom::All)).into_iter();
+        let of = of.chain([Choices, Endpoints, Sticky].into_iter().flat_map(|fact| [(fact, Whom::All), (fact, Whom::Inside)]));
+        let of = of.flat_map(|(fact, whom)| [By::Address, By::Port].map(|by| Self::Of(fact, by, whom)));
+        let others = [
+            Self::ClusterIps,
+            Self::Hairpin,
+            Self::Frontends,
+            Self::NodePorts,
+            Self::HostPorts,
+            Self::Numbered,
+            Self::Firewall,
+            Self::Allowed,
+        ];
+        others.into_iter().chain(of)
+    }
 
-    pub fn name(self, family: Family) -> &'static str {
-        match (self, family) {
-            (Self::ClusterIps, Family::V4) => "cluster-ips4",
-            (Self::ClusterIps, Family::V6) => "cluster-ips6",
-            (Self::Hairpin, Family::V4) => "hairpin4",
-            (Self::Hairpin, Family::V6) => "hairpin6",
-            (Self::ServiceIps, Family::V4) => "service-ips4",
-            (Self::ServiceIps, Family::V6) => "service-ips6",
-            (Self::NodePorts, Family::V4) => "node-ports4",
-            (Self::NodePorts, Family::V6) => "node-ports6",
-            (Self::HostPorts, Family::V4) => "host-ports4",
-            (Self::HostPorts, Family::V6) => "host-ports6",
-            (Self::NoEndpoints, Family::V4) => "no-endpoints4",
-            (Self::NoEndpoints, Family::V6) => "no-endpoints6",
-            (Self::NoEndpointPorts, Family::V4) => "no-endpoint-ports4",
-            (Self::NoEndpointPorts, Family::V6) => "no-endpoint-ports6",
-            (Self::Firewall, Family::V4) => "firewall4",
-            (Self::Firewall, Family::V6) => "firewall6",
-        }
+    pub fn name(self, family: Family) -> String {
+        let (prefix, stem, suffix) = match self {
+            Self::ClusterIps => ("", "cluster-ips", ""),
+            Self::Hairpin => ("", "hairpin", ""),
+            Self::Frontends => ("", "frontends", ""),
+            Self::NodePorts => ("", "node-ports", ""),
+            Self::HostPorts => ("", "host-ports", ""),
+            Self::Numbered => ("", "numbered", ""),
+            Self::Firewall => ("", "firewall", ""),
+            Self::Allowed => ("", "allowed", ""),
+            Self::Of(fact, by, whom) => {
+                let stem = match fact {
+                    Fact::Endpoints => "endpoints",
+                    Fact::Choices => "choices",
+                    Fact::Sticky => "sticky",
+                    Fact::Affinity => "affinity",
+                    Fact::Split => "split",
+                    Fact::Masquerade => "masquerade",
+                    Fact::MasqueradeNode => "masquerade-node",
+                    Fact::NoEndpoints => "no-endpoints",
+                };
+                (if by == By::Port { "port-" } else { "" }, stem, if whom == Whom::Inside { "-inside" } else { "" })
+            }
+        };
+        format!("{prefix}{stem}{suffix}{}", digit(family))
     }
 
     /// Its declaration in nft's language.
     pub fn declaration(self, family: Family) -> String {
-        let address = match family {
+        let ip = match family {
             Family::V4 => "ipv4_addr",
             Family::V6 => "ipv6_addr",
         };
+        let (by_address, by_port) = (format!("{ip} . inet_proto . inet_service"), "inet_proto . inet_service");
         let name = self.name(family);
         match self {
-            Self::ClusterIps => format!("set {name} {{ type {address}; }}"),
-            Self::Hairpin => format!("set {name} {{ type {address} . {address}; }}"),
-            Self::NodePorts | Self::HostPorts | Self::NoEndpointPorts => {
-                format!("map {name} {{ type inet_proto . inet_service : verdict; }}")
-            }
-            Self::ServiceIps | Self::NoEndpoints | Self::Firewall => {
-                format!("map {name} {{ type {address} . inet_proto . inet_service : verdict; }}")
+            Self::ClusterIps => format!("set {name} {{ type {ip}; }}"),
+            Self::Hairpin => format!("set {name} {{ type {ip} . {ip}; }}"),
+            Self::Frontends | Self::Firewall => format!("set {name} {{ type {by_address}; }}"),
+            Self::NodePorts | Self::HostPorts => format!("set {name} {{ type {by_port}; }}"),
+            Self::Allowed => format!("set {name} {{ type {by_address} . {ip}; flags interval; }}"),
+            Self::Numbered => format!("map {name} {{ type mark : {ip} . inet_service; }}"),
+            Self::Of(fact, by, _) => {
+                let key = if by == By::Address { &*by_address } else { by_port };
+                match fact {
+                    Fact::Endpoints => format!("map {name} {{ type {key} . mark : {ip} . inet_service; }}"),
+                    Fact::Choices => format!("map {name} {{ type {key} . mark : mark; }}"),
+                    Fact::Sticky => format!("set {name} {{ type {key} . mark; }}"),
+                    // Full, it lets no more clients stick.
+                    Fact::Affinity => format!("map {name} {{ type {ip} . {key} : mark; flags dynamic,timeout; size 1048576; }}"),
+                    Fact::NoEndpoints => format!("map {name} {{ type {key} : verdict; }}"),
+                    Fact::Split | Fact::Masquerade | Fact::MasqueradeNode => format!("set {name} {{ type {key}; }}"),
+                }
             }
         }
     }
+}
+
+/// What a frontend is found by; without an address at any of the node's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct Dial {
+    pub ip: Option<IpAddr>,
+    pub protocol: Protocol,
+    pub port: u16,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -87,128 +157,82 @@ pub(super) enum Key {
     Ip(IpAddr),
     /// The same address twice.
     Twice(IpAddr),
-    Ports(Protocol, u16),
-    Frontend(IpAddr, Protocol, u16),
+    Frontend(Dial),
+    /// With a slot, or with seconds.
+    With(Dial, u32),
+    /// With who may connect.
+    Allowed(Dial, IpNet),
+    Number(u32),
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
-    Goto(Name),
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Value {
+    Goto(&'static str),
     Drop,
+    Endpoint(IpAddr, u16),
+    Number(u32),
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Element {
     pub set: Set,
     pub family: Family,
     pub key: Key,
     /// Only in maps.
-    pub verdict: Option<Verdict>,
+    pub value: Option<Value>,
 }
 
-/// The rules that per-Service chains are made of.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+/// How a connection is translated: a rule for each number of endpoints, since that has to stand in the rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Rule {
-    MarkAlways,
-    MarkFromNode,
-    GotoFromPods(Family, Name),
-    GotoFromPodInterfaces(Name),
-    GotoFromNode(Name),
-    /// To one of the endpoints, by chance.
-    Dnat(Protocol, Arc<[Endpoint]>),
-    /// To one of the chains, by chance.
-    Spread(Arc<[Name]>),
-    /// A client that the affinity set knows goes to its endpoint's chain.
-    Sticky(Family, Name, Name),
-    Remember(Family, Name),
-    Allow(IpNet),
-    AllowFromNode,
-    Drop,
+    /// To any of the frontend's endpoints, for frontends with this many slots.
+    Spread { slots: u32 },
+    /// To the endpoint that the client had within so many seconds, as long as it is there.
+    Recall { seconds: u32 },
+    /// As `Spread`, and it sticks.
+    Stick { seconds: u32, slots: u32 },
+}
+
+/// Where the slots of a frontend begin: those with another number of slots have none there, so their rules pass it on.
+pub(super) fn first_slot(slots: u32) -> u32 {
+    slots << 16
+}
+
+/// A chain that such rules stand in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct Chain {
+    pub family: Family,
+    pub by: By,
+    pub whom: Whom,
+}
+
+impl Chain {
+    pub fn all(family: Family) -> [Self; 4] {
+        let all = [(By::Address, Whom::All), (By::Address, Whom::Inside), (By::Port, Whom::All), (By::Port, Whom::Inside)];
+        all.map(|(by, whom)| Self { family, by, whom })
+    }
+
+    pub fn name(self) -> String {
+        let stem = match (self.by, self.whom) {
+            (By::Address, Whom::All) => "to",
+            (By::Address, Whom::Inside) => "to-inside",
+            (By::Port, Whom::All) => "to-port",
+            (By::Port, Whom::Inside) => "to-port-inside",
+        };
+        format!("{stem}{}", digit(self.family))
+    }
+
+    pub fn set(self, fact: Fact) -> Set {
+        // A client keeps its endpoint whichever way it came.
+        Set::Of(fact, self.by, if fact == Fact::Affinity { Whom::All } else { self.whom })
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Op {
-    AddChain(Name),
-    FlushChain(Name),
-    DeleteChain(Name),
-    AddRule(Name, Rule),
-    AddAffinitySet { name: Name, family: Family, seconds: u64 },
-    DeleteSet(Name),
-    AddElement(Element),
-    DeleteElement(Element),
-}
-
-fn ip_word(family: Family) -> &'static str {
-    match family {
-        Family::V4 => "ip",
-        Family::V6 => "ip6",
-    }
-}
-
-pub(super) fn proto_word(protocol: Protocol) -> &'static str {
-    match protocol {
-        Protocol::Tcp => "tcp",
-        Protocol::Udp => "udp",
-        Protocol::Sctp => "sctp",
-    }
-}
-
-impl fmt::Display for Key {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Ip(ip) => write!(f, "{ip}"),
-            Self::Twice(ip) => write!(f, "{ip} . {ip}"),
-            Self::Ports(protocol, port) => write!(f, "{} . {port}", proto_word(*protocol)),
-            Self::Frontend(ip, protocol, port) => write!(f, "{ip} . {} . {port}", proto_word(*protocol)),
-        }
-    }
-}
-
-impl fmt::Display for Verdict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Goto(chain) => write!(f, "goto {chain}"),
-            Self::Drop => f.write_str("drop"),
-        }
-    }
-}
-
-impl fmt::Display for Rule {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::MarkAlways => write!(f, "meta mark set meta mark | {MASQUERADE_MARK:#x}"),
-            Self::MarkFromNode => write!(f, "fib saddr type local meta mark set meta mark | {MASQUERADE_MARK:#x}"),
-            Self::GotoFromPods(family, chain) => write!(f, "{} saddr @cluster-cidrs{} goto {chain}", ip_word(*family), digit(*family)),
-            Self::GotoFromPodInterfaces(chain) => write!(f, "iifname @pod-interfaces goto {chain}"),
-            Self::GotoFromNode(chain) => write!(f, "fib saddr type local goto {chain}"),
-            Self::Dnat(protocol, endpoints) => dnat(f, *protocol, endpoints),
-            Self::Spread(chains) => {
-                write!(f, "numgen random mod {} vmap {{ ", chains.len())?;
-                for (index, chain) in chains.iter().enumerate() {
-                    write!(f, "{}{index} : goto {chain}", if index == 0 { "" } else { ", " })?;
-                }
-                f.write_str(" }")
-            }
-            Self::Sticky(family, set, chain) => write!(f, "{} saddr @{set} goto {chain}", ip_word(*family)),
-            Self::Remember(family, set) => write!(f, "update @{set} {{ {} saddr }}", ip_word(*family)),
-            Self::Allow(range) => write!(f, "{} saddr {range} return", ip_word(Family::of(range.addr()))),
-            Self::AllowFromNode => f.write_str("fib saddr type local return"),
-            Self::Drop => f.write_str("drop"),
-        }
-    }
-}
-
-fn dnat(f: &mut fmt::Formatter<'_>, protocol: Protocol, endpoints: &[Endpoint]) -> fmt::Result {
-    let family = endpoints.first().map_or(Family::V4, |endpoint| Family::of(endpoint.ip));
-    write!(f, "meta l4proto {} dnat {} ", proto_word(protocol), ip_word(family))?;
-    if let [only] = endpoints {
-        return write!(f, "to {}", SocketAddr::new(only.ip, only.port));
-    }
-    write!(f, "addr . port to numgen random mod {} map {{ ", endpoints.len())?;
-    for (index, endpoint) in endpoints.iter().enumerate() {
-        write!(f, "{}{index} : {} . {}", if index == 0 { "" } else { ", " }, endpoint.ip, endpoint.port)?;
-    }
-    f.write_str(" }")
+    Delete(Element),
+    Add(Element),
+    AddRule(Family, Rule),
 }
 
 pub(super) fn digit(family: Family) -> char {
@@ -218,28 +242,65 @@ pub(super) fn digit(family: Family) -> char {
     }
 }
 
-impl fmt::Display for Op {
+pub(super) fn ip_word(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip6",
+    }
+}
+
+fn proto_word(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::Tcp => "tcp",
+        Protocol::Udp => "udp",
+        Protocol::Sctp => "sctp",
+    }
+}
+
+impl fmt::Display for Dial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(ip) = self.ip {
+            write!(f, "{ip} . ")?;
+        }
+        write!(f, "{} . {}", proto_word(self.protocol), self.port)
+    }
+}
+
+impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::AddChain(name) => write!(f, "add chain inet {TABLE} {name}"),
-            Self::FlushChain(name) => write!(f, "flush chain inet {TABLE} {name}"),
-            Self::DeleteChain(name) => write!(f, "delete chain inet {TABLE} {name}"),
-            Self::AddRule(chain, rule) => write!(f, "add rule inet {TABLE} {chain} {rule}"),
-            Self::AddAffinitySet { name, family, seconds } => {
-                let address = if *family == Family::V4 { "ipv4_addr" } else { "ipv6_addr" };
-                write!(f, "add set inet {TABLE} {name} {{ type {address}; flags dynamic,timeout; timeout {seconds}s; }}")
-            }
-            Self::DeleteSet(name) => write!(f, "delete set inet {TABLE} {name}"),
-            Self::AddElement(element) => element_text(f, "add", element, true),
-            Self::DeleteElement(element) => element_text(f, "delete", element, false),
+            Self::Ip(ip) => write!(f, "{ip}"),
+            Self::Twice(ip) => write!(f, "{ip} . {ip}"),
+            Self::Frontend(dial) => dial.fmt(f),
+            Self::With(dial, number) => write!(f, "{dial} . {number:#x}"),
+            Self::Allowed(dial, net) => write!(f, "{dial} . {net}"),
+            Self::Number(number) => write!(f, "{number:#x}"),
         }
     }
 }
 
-fn element_text(f: &mut fmt::Formatter<'_>, verb: &str, element: &Element, value: bool) -> fmt::Result {
-    write!(f, "{verb} element inet {TABLE} {} {{ {}", element.set.name(element.family), element.key)?;
-    match &element.verdict {
-        Some(verdict) if value => write!(f, " : {verdict} }}"),
-        _ => f.write_str(" }"),
+impl fmt::Display for Element {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {{ {}", self.set.name(self.family), self.key)?;
+        match self.value {
+            None => {}
+            Some(Value::Goto(chain)) => write!(f, " : goto {chain}")?,
+            Some(Value::Drop) => f.write_str(" : drop")?,
+            Some(Value::Endpoint(ip, port)) => write!(f, " : {ip} . {port}")?,
+            Some(Value::Number(number)) => write!(f, " : {number:#x}")?,
+        }
+        f.write_str(" }")
+    }
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Delete(element) => write!(f, "delete element {element}"),
+            Self::Add(element) => write!(f, "add element {element}"),
+            Self::AddRule(family, Rule::Spread { slots }) => write!(f, "spread{} over {slots}", digit(*family)),
+            Self::AddRule(family, Rule::Recall { seconds }) => write!(f, "recall{} for {seconds}s", digit(*family)),
+            Self::AddRule(family, Rule::Stick { seconds, slots }) => write!(f, "stick{} over {slots} for {seconds}s", digit(*family)),
+        }
     }
 }

@@ -2,6 +2,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -12,6 +13,7 @@ use tokio::task::JoinHandle;
 
 use super::routes::{Lease, Routes};
 use super::table::{self, Inside};
+use super::transparent;
 
 /// Which endpoint each client had last, by Service port.
 #[derive(Default)]
@@ -51,6 +53,7 @@ impl Listener {
 pub(super) struct Service {
     protocol: Protocol,
     affinities: Arc<Affinities>,
+    transparent: bool,
     aim: Mutex<Aim>,
     listeners: Mutex<HashMap<SocketAddr, Listener>>,
     /// Fronts of listeners that closed, while their flows still have answers to pass on.
@@ -69,15 +72,37 @@ struct Aim {
 #[derive(Default)]
 struct Flows {
     next: u64,
-    live: HashMap<u64, (SocketAddr, Arc<Notify>)>,
+    live: HashMap<u64, (SocketAddr, Arc<End>)>,
+}
+
+/// The end of a flow, when it isn't the flow's own.
+#[derive(Default)]
+pub(super) struct End {
+    over: AtomicBool,
+    told: Notify,
+}
+
+impl End {
+    fn come(&self) {
+        self.over.store(true, Ordering::Release);
+        self.told.notify_one();
+    }
+
+    pub fn has_come(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    /// To be waited for by one task.
+    pub async fn comes(&self) {
+        self.told.notified().await;
+    }
 }
 
 /// A live flow's entry in its Service's list; gone with it.
 pub(super) struct Flow {
     service: Arc<Service>,
     id: u64,
-    /// Notified when the flow has to end.
-    pub end: Arc<Notify>,
+    pub end: Arc<End>,
     _route: Option<Arc<Lease>>,
 }
 
@@ -88,11 +113,12 @@ impl Drop for Flow {
 }
 
 impl Service {
-    pub fn new(entry: Entry, protocol: Protocol, affinities: Arc<Affinities>) -> Self {
+    pub fn new(entry: Entry, protocol: Protocol, affinities: Arc<Affinities>, transparent: bool) -> Self {
         let aim = Mutex::new(Aim { entry: Arc::new(entry), inside: Arc::default() });
         Self {
             protocol,
             affinities,
+            transparent,
             aim,
             listeners: Mutex::default(),
             kept: Mutex::default(),
@@ -152,6 +178,12 @@ impl Service {
         table::admits(&entry, &inside, client)
     }
 
+    /// Whose name to connect to an endpoint in, when not the node's.
+    pub fn source(&self, client: IpAddr, endpoint: SocketAddr) -> Option<IpAddr> {
+        let Aim { entry, inside } = lock(&self.aim).clone();
+        if self.transparent { transparent::source(&entry, &inside, client, endpoint.ip()) } else { None }
+    }
+
     /// The endpoints to try for a new flow, best first.
     pub fn order(&self, client: IpAddr) -> Vec<SocketAddr> {
         let Aim { entry, inside } = lock(&self.aim).clone();
@@ -169,7 +201,7 @@ impl Service {
             let sticky = Sticky { endpoint, until: Instant::now() + timeout };
             lock(&self.affinities.0).insert((entry.service.clone(), self.protocol, client), sticky);
         }
-        let end = Arc::new(Notify::new());
+        let end = Arc::new(End::default());
         let mut flows = lock(&self.flows);
         let id = flows.next;
         flows.next += 1;
@@ -181,11 +213,11 @@ impl Service {
     pub fn end(&self, endpoint: SocketAddr) -> usize {
         let flows = lock(&self.flows);
         let dead = flows.live.values().filter(|(other, _)| *other == endpoint);
-        dead.map(|(_, end)| end.notify_one()).count()
+        dead.map(|(_, end)| end.come()).count()
     }
 
     pub fn end_all(&self) {
-        lock(&self.flows).live.values().for_each(|(_, end)| end.notify_one());
+        lock(&self.flows).live.values().for_each(|(_, end)| end.come());
     }
 }
 

@@ -4,9 +4,11 @@
 //! for the node alike. Backends see the node's address as the client: keeping the client's own needs TPROXY.
 mod forward;
 mod routes;
+mod socket;
 mod splice;
 mod table;
 mod tcp;
+mod transparent;
 mod udp;
 
 use std::collections::HashMap;
@@ -40,10 +42,15 @@ pub fn is_left() -> bool {
 pub fn open(config: &Config) -> Result<Box<dyn Backend>> {
     raise_file_limit();
     let routes = Routes::open().map_err(|error| BackendError::kernel("open a netlink socket for routes", error))?;
+    let transparent = !config.masquerade_all
+        && transparent::enable()
+            .inspect_err(|error| tracing::warn!(%error, "endpoints see the node as their client: no transparent sockets"))
+            .is_ok();
     Ok(Box::new(Userspace {
         config: config.clone(),
         routes: Arc::new(routes),
         affinities: Arc::default(),
+        transparent,
         open: HashMap::new(),
         closed: Vec::new(),
         closing: Vec::new(),
@@ -65,6 +72,8 @@ struct Userspace {
     config: Config,
     routes: Arc<Routes>,
     affinities: Arc<Affinities>,
+    /// Endpoints see their clients' addresses.
+    transparent: bool,
     open: HashMap<Frontend, Arc<Service>>,
     /// Frontends whose address couldn't be listened on.
     closed: Vec<Frontend>,
@@ -74,7 +83,7 @@ struct Userspace {
 
 impl Userspace {
     fn node_addresses(&self) -> NodeAddresses {
-        NodeAddresses::read(&self.config.nodeport_addresses, &self.config.cluster_cidrs)
+        NodeAddresses::read(&self.config)
     }
 
     fn retire(&mut self, which: impl Fn(&Frontend) -> bool) {
@@ -93,8 +102,10 @@ impl Userspace {
             tracing::warn!(%frontend, service = %entry.service, "SCTP isn't forwarded in userspace mode");
             return;
         }
-        let service =
-            self.open.entry(frontend).or_insert_with(|| Arc::new(Service::new(entry.clone(), frontend.protocol, self.affinities.clone())));
+        let service = self
+            .open
+            .entry(frontend)
+            .or_insert_with(|| Arc::new(Service::new(entry.clone(), frontend.protocol, self.affinities.clone(), self.transparent)));
         service.update(entry.clone(), node.inside());
         if let Address::Ip(ip) = frontend.address
             && !node.has(ip)
@@ -205,7 +216,11 @@ impl Backend for Userspace {
             self.retire(|_| true);
             self.closed.clear();
             self.close().await;
-            self.routes.prune().map_err(|error| BackendError::kernel("delete stale Service routes", error))
+            self.routes.prune().map_err(|error| BackendError::kernel("delete stale Service routes", error))?;
+            if parting == Parting::Final && self.transparent {
+                transparent::disable().map_err(|error| BackendError::kernel("take down what transparent sockets needed", error))?;
+            }
+            Ok(())
         })
     }
 }

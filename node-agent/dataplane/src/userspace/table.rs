@@ -5,6 +5,8 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use outrigger_desired::{Address, Endpoint, Entry, Family, Frontend, Kind};
 
+use crate::config::Config;
+
 /// The node's addresses, and which of them NodePorts answer on.
 #[derive(Clone, Debug, Default)]
 pub(super) struct NodeAddresses {
@@ -16,18 +18,29 @@ pub(super) struct NodeAddresses {
 /// Who counts as inside for a Service with externalTrafficPolicy Local: the node itself and its pods.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Inside {
+    /// All of the node's addresses.
     node: Vec<IpAddr>,
+    /// Those of its Node object.
+    own: Vec<IpAddr>,
     pods: Vec<IpNet>,
 }
 
 impl Inside {
     pub fn has(&self, ip: IpAddr) -> bool {
-        self.node.contains(&ip) || self.pods.iter().any(|net| net.contains(&ip))
+        self.is_node(ip) || self.is_pod(ip)
+    }
+
+    pub fn is_node(&self, ip: IpAddr) -> bool {
+        self.node.contains(&ip)
+    }
+
+    pub fn is_pod(&self, ip: IpAddr) -> bool {
+        self.pods.iter().any(|net| net.contains(&ip))
     }
 }
 
 impl NodeAddresses {
-    pub fn read(nodeport_addresses: &[IpNet], cluster_cidrs: &[IpNet]) -> Self {
+    pub fn read(config: &Config) -> Self {
         let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
         let all = interfaces.filter_map(|interface| {
             let address = interface.address?;
@@ -36,13 +49,13 @@ impl NodeAddresses {
             // Link-local addresses can't be bound without their interface, and nobody publishes them.
             v4.or(v6).filter(|ip| !matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local()))
         });
-        Self::new(all.collect(), nodeport_addresses, cluster_cidrs)
+        Self::new(all.collect(), &config.node_ips, &config.nodeport_addresses, &config.cluster_cidrs)
     }
 
-    fn new(mut all: Vec<IpAddr>, nodeport_addresses: &[IpNet], cluster_cidrs: &[IpNet]) -> Self {
+    fn new(mut all: Vec<IpAddr>, own: &[IpAddr], nodeport_addresses: &[IpNet], cluster_cidrs: &[IpNet]) -> Self {
         all.sort();
         all.dedup();
-        let inside = Arc::new(Inside { node: all.clone(), pods: cluster_cidrs.to_vec() });
+        let inside = Arc::new(Inside { node: all.clone(), own: own.to_vec(), pods: cluster_cidrs.to_vec() });
         Self { all, nodeport_addresses: nodeport_addresses.to_vec(), inside }
     }
 
@@ -74,9 +87,18 @@ pub(super) fn is_served(entry: &Entry) -> bool {
     !entry.backends.is_empty() || entry.short_circuit.is_some()
 }
 
+/// Who the client is. A Service's address is local here, so the node's own connections to it come from that very address.
+pub(super) fn client(peer: IpAddr, dialled: IpAddr) -> IpAddr {
+    match peer {
+        _ if peer != dialled => peer,
+        IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+    }
+}
+
 /// Whether the client may connect at all (loadBalancerSourceRanges).
 pub(super) fn admits(entry: &Entry, inside: &Inside, client: IpAddr) -> bool {
-    entry.source_ranges.is_empty() || inside.node.contains(&client) || entry.source_ranges.iter().any(|net| net.contains(&client))
+    entry.admits(client) || (inside.is_node(client) && entry.admits_node(&inside.own))
 }
 
 /// The endpoints to try, best first: the client's own by affinity, then the others from a random start.
@@ -94,12 +116,6 @@ pub(super) fn order(entry: &Entry, inside: &Inside, client: IpAddr, sticky: Opti
         order[..=at].rotate_right(1);
     }
     order
-}
-
-/// An address to connect from: any of the family.
-pub(super) fn any_address(of: SocketAddr) -> SocketAddr {
-    let ip = if of.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
-    SocketAddr::new(ip, 0)
 }
 
 #[cfg(test)]
@@ -129,7 +145,7 @@ mod tests {
     }
 
     fn ordered(entry: &Entry, client: &str, sticky: Option<&str>, random: usize) -> String {
-        let node = NodeAddresses::new(vec!["192.168.0.1".parse().unwrap()], &[], &["10.244.0.0/16".parse().unwrap()]);
+        let node = NodeAddresses::new(vec!["192.168.0.1".parse().unwrap()], &[], &[], &["10.244.0.0/16".parse().unwrap()]);
         let sticky = sticky.map(|sticky| sticky.parse().unwrap());
         order(entry, &node.inside(), client.parse().unwrap(), sticky, random)
             .iter()
@@ -161,7 +177,7 @@ mod tests {
         let all: Vec<IpAddr> = ["192.168.0.1", "10.0.0.1", "127.0.0.1", "fd00::1"].iter().map(|ip| ip.parse().unwrap()).collect();
         let frontend = Frontend { address: Address::Node(Family::V4), port: 30000, protocol: Protocol::Tcp };
         let listen = |nodeport: &[IpNet], kind| {
-            NodeAddresses::new(all.clone(), nodeport, &[])
+            NodeAddresses::new(all.clone(), &[], nodeport, &[])
                 .sockets(frontend, kind)
                 .iter()
                 .map(SocketAddr::to_string)

@@ -1,13 +1,14 @@
 //! TCP: accept, connect to an endpoint (the next one when that fails), and let bytes, ends and resets through.
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::socket::SockType;
 use tokio::net::{TcpSocket, TcpStream};
 
 use super::forward::{Listener, Service};
-use super::splice;
+use super::{socket, splice, table};
 
 const BACKLOG: u32 = 4096;
 /// How long each attempt to reach an endpoint may take; the last one repeats.
@@ -16,10 +17,7 @@ const ATTEMPTS: [Duration; 4] = [Duration::from_millis(250), Duration::from_mill
 const BREATH: Duration = Duration::from_millis(50);
 
 pub(super) fn listen(service: &Arc<Service>, address: SocketAddr) -> io::Result<Listener> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    let listener = socket.listen(BACKLOG)?;
+    let listener = TcpSocket::from_std_stream(socket::bound(address, SockType::Stream)?.into()).listen(BACKLOG)?;
     // The task must not keep its own Service alive: dropping that is what closes the listener.
     let service = Arc::downgrade(service);
     let task = tokio::spawn(async move {
@@ -41,11 +39,13 @@ pub(super) fn listen(service: &Arc<Service>, address: SocketAddr) -> io::Result<
 }
 
 async fn serve(service: Arc<Service>, client: TcpStream, peer: SocketAddr) {
-    let ip = peer.ip().to_canonical();
+    // A connection without addresses is over already.
+    let Ok(dialled) = client.local_addr() else { return };
+    let ip = table::client(peer.ip(), dialled.ip());
     if !service.admits(ip) {
         return splice::reset(client);
     }
-    let Some((backend, endpoint)) = connect(&service.order(ip)).await else {
+    let Some((backend, endpoint)) = connect(&service, ip).await else {
         return splice::reset(client);
     };
     let flow = service.begin(ip, endpoint);
@@ -58,7 +58,7 @@ async fn serve(service: Arc<Service>, client: TcpStream, peer: SocketAddr) {
     }
     let broken = tokio::select! {
         moved = splice::both_ways(&client, &backend) => moved.is_err(),
-        () = flow.end.notified() => true,
+        () = flow.end.comes() => true,
     };
     if broken {
         splice::reset(client);
@@ -67,14 +67,18 @@ async fn serve(service: Arc<Service>, client: TcpStream, peer: SocketAddr) {
 }
 
 /// The first endpoint that answers. A client isn't told of those that don't.
-async fn connect(order: &[SocketAddr]) -> Option<(TcpStream, SocketAddr)> {
-    for (attempt, endpoint) in order.iter().enumerate() {
+async fn connect(service: &Service, client: IpAddr) -> Option<(TcpStream, SocketAddr)> {
+    for (attempt, endpoint) in service.order(client).into_iter().enumerate() {
         let patience = ATTEMPTS[attempt.min(ATTEMPTS.len() - 1)];
-        match tokio::time::timeout(patience, TcpStream::connect(endpoint)).await {
-            Ok(Ok(stream)) => return Some((stream, *endpoint)),
+        match tokio::time::timeout(patience, connect_to(endpoint, service.source(client, endpoint))).await {
+            Ok(Ok(stream)) => return Some((stream, endpoint)),
             Ok(Err(error)) => tracing::debug!(%endpoint, %error, "endpoint not reached; trying the next"),
             Err(_) => tracing::debug!(%endpoint, ?patience, "endpoint doesn't answer; trying the next"),
         }
     }
     None
+}
+
+async fn connect_to(endpoint: SocketAddr, source: Option<IpAddr>) -> io::Result<TcpStream> {
+    TcpSocket::from_std_stream(socket::from(source, endpoint, SockType::Stream)?.into()).connect(endpoint).await
 }

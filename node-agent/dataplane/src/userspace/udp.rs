@@ -6,10 +6,11 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use nix::sys::socket::SockType;
 use tokio::net::UdpSocket;
 
-use super::forward::{Listener, Service};
-use super::table::any_address;
+use super::forward::{End, Listener, Service};
+use super::{socket, table};
 
 /// A flow without a datagram for this long is over; conntrack's time for a flow that had answers.
 const SILENCE: Duration = Duration::from_secs(120);
@@ -20,12 +21,10 @@ thread_local! {
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; LARGEST].into_boxed_slice());
 }
 
-type Flows = Arc<Mutex<HashMap<SocketAddr, Arc<UdpSocket>>>>;
+type Flows = Arc<Mutex<HashMap<SocketAddr, (Arc<UdpSocket>, Arc<End>)>>>;
 
 pub(super) fn listen(service: &Arc<Service>, address: SocketAddr) -> io::Result<Listener> {
-    let socket = std::net::UdpSocket::bind(address)?;
-    socket.set_nonblocking(true)?;
-    let front = Arc::new(UdpSocket::from_std(socket)?);
+    let front = Arc::new(UdpSocket::from_std(socket::bound(address, SockType::Datagram)?.into())?);
     let (service, shared) = (Arc::downgrade(service), front.clone());
     let task = tokio::spawn(async move {
         let flows = Flows::default();
@@ -48,8 +47,8 @@ fn pass_on(service: &Arc<Service>, front: &Arc<UdpSocket>, flows: &Flows) -> io:
         let datagram = &buffer[..length];
         let known = flows.lock().unwrap_or_else(PoisonError::into_inner).get(&client).cloned();
         let back = match known {
-            Some(back) => back,
-            None => {
+            Some((back, end)) if !end.has_come() => back,
+            _ => {
                 if let Err(error) = open(service, front, flows, client, datagram) {
                     tracing::debug!(%client, %error, "no UDP flow begun");
                 }
@@ -63,24 +62,27 @@ fn pass_on(service: &Arc<Service>, front: &Arc<UdpSocket>, flows: &Flows) -> io:
 }
 
 fn open(service: &Arc<Service>, front: &Arc<UdpSocket>, flows: &Flows, client: SocketAddr, datagram: &[u8]) -> io::Result<()> {
-    let ip = client.ip().to_canonical();
+    let ip = table::client(client.ip(), front.local_addr()?.ip());
     let Some(endpoint) = service.admits(ip).then(|| service.order(ip)).and_then(|order| order.first().copied()) else { return Ok(()) };
-    let socket = std::net::UdpSocket::bind(any_address(endpoint))?;
+    let socket = std::net::UdpSocket::from(socket::from(service.source(ip, endpoint), endpoint, SockType::Datagram)?);
     socket.connect(endpoint)?;
-    socket.set_nonblocking(true)?;
     // The runtime doesn't know yet that it can be written to.
     socket.send(datagram)?;
     let back = Arc::new(UdpSocket::from_std(socket)?);
-    flows.lock().unwrap_or_else(PoisonError::into_inner).insert(client, back.clone());
     let flow = service.begin(ip, endpoint);
+    flows.lock().unwrap_or_else(PoisonError::into_inner).insert(client, (back.clone(), flow.end.clone()));
     // The front is the listener's: when that closes, the kernel has to refuse the client's next datagram.
     let (front, flows) = (Arc::downgrade(front), flows.clone());
     tokio::spawn(async move {
         tokio::select! {
             () = answer(&front, &back, client) => {}
-            () = flow.end.notified() => {}
+            () = flow.end.comes() => {}
         }
-        flows.lock().unwrap_or_else(PoisonError::into_inner).remove(&client);
+        let mut flows = flows.lock().unwrap_or_else(PoisonError::into_inner);
+        // The client may have begun another meanwhile.
+        if flows.get(&client).is_some_and(|(other, _)| Arc::ptr_eq(other, &back)) {
+            flows.remove(&client);
+        }
     });
     Ok(())
 }

@@ -2,9 +2,10 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use outrigger_dataplane::{Config, Proxy, ProxyHandle};
+use outrigger_dataplane::{Config, PodInterfaces, Proxy, ProxyHandle};
 use outrigger_desired::{Change, Watched};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -74,13 +75,19 @@ fn read_config(config: &ProxyConfig) -> Result<Config> {
         mode: config.mode.parse()?,
         node_name: config.node_name.clone(),
         node_ips: config.node_ips.clone(),
-        nodeport_addresses: Vec::new(),
-        cluster_cidrs: config.cluster_cidrs.iter().map(|cidr| cidr.parse()).collect::<Result<_, _>>()?,
+        nodeport_addresses: nets(&config.nodeport_addresses)?,
+        masquerade_all: config.masquerade_all,
+        pod_interfaces: config.pod_interface_prefix.clone().map(PodInterfaces::Prefix),
+        cluster_cidrs: nets(&config.cluster_cidrs)?,
         cgroup2_path: config.cgroup2_path.clone().into(),
         pin_dir: config.pin_dir.clone().into(),
         instance: config.instance.clone(),
         ..Config::default()
     })
+}
+
+fn nets(texts: &[String]) -> Result<Vec<IpNet>> {
+    Ok(texts.iter().map(|net| net.parse()).collect::<Result<_, _>>()?)
 }
 
 fn all_of<K: DeserializeOwned>(objects: &[Value], kind: &str) -> Result<Watched<K>> {

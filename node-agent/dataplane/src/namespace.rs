@@ -1,5 +1,5 @@
 //! Network namespaces: the node's own, and those of the pods under its cgroup.
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io;
 use std::net::IpAddr;
@@ -73,6 +73,43 @@ pub fn addresses() -> io::Result<Vec<Address>> {
         found.extend(ip.map(|ip| Address { ip, interface: interface.interface_name, loopback }));
     }
     Ok(found)
+}
+
+/// The interfaces of the calling thread's namespace, but for loopback.
+pub fn interfaces() -> io::Result<BTreeSet<String>> {
+    use nix::net::if_::InterfaceFlags;
+    let found = nix::ifaddrs::getifaddrs()?.filter(|interface| !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK));
+    Ok(found.map(|interface| interface.interface_name).collect())
+}
+
+/// Tells when interfaces or addresses of the namespace that it was opened in change.
+pub struct Changes {
+    socket: netlink_sys::Socket,
+}
+
+impl Changes {
+    pub fn open() -> io::Result<Self> {
+        /// RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR.
+        const GROUPS: u32 = 0x1 | 0x10 | 0x100;
+        let mut socket = netlink_sys::Socket::new(netlink_sys::constants::NETLINK_ROUTE)?;
+        socket.bind(&netlink_sys::SocketAddr::new(0, GROUPS))?;
+        socket.set_non_blocking(true)?;
+        Ok(Self { socket })
+    }
+
+    /// Whether something changed since the last question.
+    pub fn any(&self) -> bool {
+        let mut any = false;
+        loop {
+            match self.socket.recv_from_full() {
+                Ok(_) => any = true,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return any,
+                // Some were lost.
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => any = true,
+                Err(_) => return true,
+            }
+        }
+    }
 }
 
 /// The node's own namespace, and one for each other that a process under the cgroup lives in. Processes that end meanwhile are
