@@ -8,7 +8,16 @@ use crate::value::Value;
 pub struct Expr {
     /// Byte offset: of an operator, a call's parenthesis, a selection's dot, or the first character.
     pub at: usize,
+    /// How many expressions stand one in the other below this one, itself included.
+    pub height: usize,
     pub kind: Kind,
+}
+
+impl Expr {
+    pub fn new(at: usize, kind: Kind) -> Expr {
+        let height = 1 + kind.parts().iter().map(|part| part.height).max().unwrap_or_default();
+        Expr { at, height, kind }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -45,6 +54,24 @@ pub enum Kind {
         value: Box<Expr>,
         body: Box<Expr>,
     },
+}
+
+impl Kind {
+    /// The expressions that this one is made of.
+    fn parts(&self) -> Vec<&Expr> {
+        match self {
+            Kind::Literal(_) | Kind::Ident(_) => Vec::new(),
+            Kind::Select { operand, .. } | Kind::Has { operand, .. } => vec![operand],
+            Kind::Call(call) => call.target.as_deref().into_iter().chain(&call.args).collect(),
+            Kind::And(left, right) | Kind::Or(left, right) => vec![left, right],
+            Kind::Cond(parts) => parts.iter().collect(),
+            Kind::List(items) => items.iter().map(|item| &item.value).collect(),
+            Kind::Map(entries) => entries.iter().flat_map(|entry| [&entry.key, &entry.value]).collect(),
+            Kind::Struct { fields, .. } => fields.iter().map(|field| &field.value).collect(),
+            Kind::Fold(fold) => [Some(&fold.range), fold.condition.as_ref(), fold.transform.as_ref()].into_iter().flatten().collect(),
+            Kind::Bind { value, body, .. } => vec![value, body],
+        }
+    }
 }
 
 #[derive(Clone, Debug)]

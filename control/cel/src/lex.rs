@@ -125,7 +125,7 @@ impl<'a> Lexer<'a> {
     /// A string or bytes literal, if one starts here.
     fn text(&mut self) -> Result<Option<Token>, String> {
         let rest = self.rest();
-        let prefix = rest.find(['"', '\'']).filter(|length| *length <= 2);
+        let prefix = rest.char_indices().take(3).find(|(_, c)| matches!(c, '"' | '\'')).map(|(at, _)| at);
         let Some(prefix) = prefix.filter(|length| rest[..*length].chars().all(|c| matches!(c, 'r' | 'R' | 'b' | 'B'))) else {
             return Ok(None);
         };

@@ -4,8 +4,10 @@ use crate::issues::Issues;
 use crate::lex::{Token, tokens};
 use crate::value::Value;
 
-/// Upstream's limit.
-const MAX_DEPTH: usize = 250;
+/// Upstream's limit for the height of a tree.
+const MAX_HEIGHT: usize = 250;
+/// Parentheses in parentheses: fewer than upstream takes, as many as are parsed on a thread's stack with room to spare.
+const MAX_DEPTH: usize = 100;
 const MAX_LENGTH: usize = 100_000;
 
 const RESERVED: &[&str] = &[
@@ -60,12 +62,8 @@ struct Parser<'a> {
     depth: usize,
 }
 
-fn node(at: usize, kind: Kind) -> Expr {
-    Expr { at, kind }
-}
-
 fn call(at: usize, function: &str, target: Option<Expr>, args: Vec<Expr>) -> Expr {
-    node(at, Kind::Call(Call { function: function.into(), target: target.map(Box::new), args, overloads: Vec::new() }))
+    Expr::new(at, Kind::Call(Call { function: function.into(), target: target.map(Box::new), args, overloads: Vec::new() }))
 }
 
 impl Parser<'_> {
@@ -125,49 +123,56 @@ impl Parser<'_> {
             let then = self.or()?;
             self.expect(":")?;
             let otherwise = self.expr()?;
-            node(at, Kind::Cond(Box::new([condition, then, otherwise])))
+            Expr::new(at, Kind::Cond(Box::new([condition, then, otherwise])))
         } else {
             condition
         };
         self.depth -= 1;
-        Ok(expr)
+        self.not_too_high(expr)
     }
 
     fn or(&mut self) -> Parsed {
-        let mut left = self.and()?;
-        while self.sees("||") {
-            let at = self.at();
-            self.advance();
-            left = node(at, Kind::Or(Box::new(left), Box::new(self.and()?)));
-        }
-        Ok(left)
+        self.logic("||", Self::and, Kind::Or)
     }
 
     fn and(&mut self) -> Parsed {
-        let mut left = self.binary(0)?;
-        while self.sees("&&") {
+        self.logic("&&", |parser| parser.binary(0), Kind::And)
+    }
+
+    fn logic(&mut self, sign: &str, operand: fn(&mut Self) -> Parsed, make: MakeLogic) -> Parsed {
+        let mut operands = vec![operand(self)?];
+        let mut signs = Vec::new();
+        while self.sees(sign) {
+            signs.push(self.at());
+            self.advance();
+            operands.push(operand(self)?);
+        }
+        Ok(balanced(operands, &signs, make))
+    }
+
+    /// Operators of this level and tighter ones, by climbing: what has none costs no more stack than one frame.
+    fn binary(&mut self, loosest: usize) -> Parsed {
+        let mut left = self.unary()?;
+        while let Some((level, function)) = self.operator().filter(|(level, _)| *level >= loosest) {
             let at = self.at();
             self.advance();
-            left = node(at, Kind::And(Box::new(left), Box::new(self.binary(0)?)));
+            let right = self.binary(level + 1)?;
+            left = self.not_too_high(call(at, function, None, vec![left, right]))?;
         }
         Ok(left)
     }
 
-    fn binary(&mut self, level: usize) -> Parsed {
-        let Some(operators) = LEVELS.get(level) else { return self.unary() };
-        let mut left = self.binary(level + 1)?;
-        loop {
-            let function = match self.peek() {
-                Token::Sign(sign) => operators.iter().find(|(operator, _)| operator == sign).map(|(_, function)| *function),
-                Token::Ident(word) if word == "in" && level == 0 => Some("@in"),
-                _ => None,
-            };
-            let Some(function) = function else { return Ok(left) };
-            let at = self.at();
-            self.advance();
-            let right = self.binary(level + 1)?;
-            left = call(at, function, None, vec![left, right]);
-        }
+    /// The binary operator that comes next, with its level.
+    fn operator(&self) -> Option<(usize, &'static str)> {
+        let sign = match self.peek() {
+            Token::Sign(sign) => sign,
+            Token::Ident(word) if word == "in" => return Some((0, "@in")),
+            _ => return None,
+        };
+        let found = |operators: &&'static [(&str, &'static str)]| {
+            operators.iter().find(|(operator, _)| operator == sign).map(|(_, function)| *function)
+        };
+        LEVELS.iter().enumerate().find_map(|(level, operators)| Some((level, found(operators)?)))
     }
 
     fn unary(&mut self) -> Parsed {
@@ -207,7 +212,7 @@ impl Parser<'_> {
                     let args = self.args(")")?;
                     operand = self.method(paren, operand, field, args)?;
                 } else {
-                    operand = node(at, Kind::Select { operand: Box::new(operand), field, optional });
+                    operand = Expr::new(at, Kind::Select { operand: Box::new(operand), field, optional });
                 }
             } else if self.accept("[") {
                 let function = if self.accept("?") { "_[?_]" } else { "_[_]" };
@@ -218,11 +223,17 @@ impl Parser<'_> {
                 && let Some(name) = qualified(&operand)
             {
                 self.advance();
-                operand = node(at, Kind::Struct { name, fields: self.fields()? });
+                operand = Expr::new(at, Kind::Struct { name, fields: self.fields()? });
             } else {
                 return Ok(operand);
             }
+            operand = self.not_too_high(operand)?;
         }
+    }
+
+    /// Whatever walks a tree, its end included, needs stack for each storey.
+    fn not_too_high(&self, expr: Expr) -> Parsed {
+        if expr.height <= MAX_HEIGHT { Ok(expr) } else { Err(self.error(expr.at, "max recursion depth exceeded")) }
     }
 
     /// A field's or function's name.
@@ -274,7 +285,7 @@ impl Parser<'_> {
             _ => None,
         };
         if let Some(literal) = literal {
-            return Ok(node(at, Kind::Literal(literal)));
+            return Ok(Expr::new(at, Kind::Literal(literal)));
         }
         if RESERVED.contains(&name.as_str()) {
             return Err(self.error(at, format!("reserved identifier: {name}")));
@@ -284,7 +295,7 @@ impl Parser<'_> {
             let args = self.args(")")?;
             return if name == "has" { self.has(paren, args) } else { Ok(call(paren, &name, None, args)) };
         }
-        Ok(node(at, Kind::Ident(name)))
+        Ok(Expr::new(at, Kind::Ident(name)))
     }
 
     fn literal(&mut self, at: usize, negative: bool) -> Parsed {
@@ -306,7 +317,7 @@ impl Parser<'_> {
             Token::Bytes(bytes) => Value::Bytes(bytes.into()),
             _ => return Err(self.unexpected()),
         };
-        Ok(node(at, Kind::Literal(value)))
+        Ok(Expr::new(at, Kind::Literal(value)))
     }
 
     fn args(&mut self, end: &str) -> Result<Vec<Expr>, Issues> {
@@ -329,7 +340,7 @@ impl Parser<'_> {
                 self.expect(",")?;
             }
         }
-        Ok(node(at, Kind::List(items)))
+        Ok(Expr::new(at, Kind::List(items)))
     }
 
     fn map(&mut self, at: usize) -> Parsed {
@@ -343,7 +354,7 @@ impl Parser<'_> {
                 self.expect(",")?;
             }
         }
-        Ok(node(at, Kind::Map(entries)))
+        Ok(Expr::new(at, Kind::Map(entries)))
     }
 
     fn fields(&mut self) -> Result<Vec<Field>, Issues> {
@@ -363,7 +374,9 @@ impl Parser<'_> {
 
     fn has(&self, at: usize, mut args: Vec<Expr>) -> Parsed {
         match (args.pop(), args.is_empty()) {
-            (Some(Expr { kind: Kind::Select { operand, field, optional: false }, .. }), true) => Ok(node(at, Kind::Has { operand, field })),
+            (Some(Expr { kind: Kind::Select { operand, field, optional: false }, .. }), true) => {
+                Ok(Expr::new(at, Kind::Has { operand, field }))
+            }
             _ => Err(self.error(at, "invalid argument to has() macro")),
         }
     }
@@ -373,7 +386,7 @@ impl Parser<'_> {
         if name == "bind" && matches!(&target.kind, Kind::Ident(namespace) if namespace == "cel") && args.len() == 3 {
             let (body, value) = (args.remove(2), args.remove(1));
             let name = self.variable(&args[0])?;
-            return Ok(node(at, Kind::Bind { name, value: Box::new(value), body: Box::new(body) }));
+            return Ok(Expr::new(at, Kind::Bind { name, value: Box::new(value), body: Box::new(body) }));
         }
         let Some((kind, variables, filtered)) = fold(&name, args.len()) else { return Ok(call(at, &name, Some(target), args)) };
         let mut rest = args.split_off(variables);
@@ -381,13 +394,28 @@ impl Parser<'_> {
         let tests = matches!(kind, FoldKind::All | FoldKind::Exists | FoldKind::ExistsOne | FoldKind::Filter);
         let last = rest.pop();
         let (condition, transform) = if tests { (last, None) } else { (if filtered { rest.pop() } else { None }, last) };
-        Ok(node(at, Kind::Fold(Box::new(Fold { kind, range: target, variables, condition, transform }))))
+        Ok(Expr::new(at, Kind::Fold(Box::new(Fold { kind, range: target, variables, condition, transform }))))
     }
 
     fn variable(&self, expr: &Expr) -> Result<String, Issues> {
         match &expr.kind {
             Kind::Ident(name) => Ok(name.clone()),
             _ => Err(self.error(expr.at, "argument must be a simple name")),
+        }
+    }
+}
+
+type MakeLogic = fn(Box<Expr>, Box<Expr>) -> Kind;
+
+/// A tree as low as it gets, as long chains of conditions are common; the order of evaluation stays.
+fn balanced(mut left: Vec<Expr>, signs: &[usize], make: MakeLogic) -> Expr {
+    let right = left.split_off(left.len().div_ceil(2));
+    match (left.len(), right.is_empty()) {
+        (1, true) => left.remove(0),
+        (count, _) => {
+            let (before, after) = (&signs[..count - 1], &signs[count..]);
+            let (left, right) = (balanced(left, before, make), balanced(right, after, make));
+            Expr::new(signs[count - 1], make(Box::new(left), Box::new(right)))
         }
     }
 }

@@ -158,3 +158,33 @@ fn types_follow_the_values() {
         assert_eq!(program.result().to_string(), kind, "{source}");
     }
 }
+
+/// On the stack of a server's thread, which is as large as a test's.
+#[test]
+fn trees_are_only_so_high() {
+    let within = [
+        vec!["object.spec.replicas == 3"; 3000].join(" || "),
+        vec!["n > 0"; 2000].join(" && "),
+        vec!["n"; 240].join(" + "),
+        format!("{}true{}", "(".repeat(90), ")".repeat(90)),
+        format!("{}true", "!".repeat(90)),
+        format!("{}1{}", "[".repeat(90), "]".repeat(90)),
+    ];
+    for source in &within {
+        assert!(eval(source).is_ok(), "{}: {:?}", &source[..20], eval(source));
+    }
+    let beyond = [
+        vec!["n"; 20_000].join("+"),
+        format!("object{}", ".a".repeat(40_000)),
+        format!("object{}", "[0]".repeat(30_000)),
+        format!("n{}", ".a()".repeat(20_000)),
+        format!("{}n{}", "(".repeat(90), format!("{})", ".a".repeat(200)).repeat(90)),
+        format!("{}1{}", "[".repeat(40_000), "]".repeat(40_000)),
+        format!("{}true", "!".repeat(90_000)),
+        format!("{}n", "true ? n : ".repeat(5_000)),
+    ];
+    for source in &beyond {
+        let error = eval(source).expect_err("is refused");
+        assert!(error.contains("recursion"), "{}: {}", &source[..20], &error[..60]);
+    }
+}
