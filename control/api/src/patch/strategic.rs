@@ -179,13 +179,14 @@ fn delete_scalars(original: &mut Map<String, Value>, name: &str, deleted: &Value
 /// Merges two lists; `order` is the wanted order, by default the patch's own.
 fn list(mut original: Vec<Value>, patch: &[Value], merge: &Merge, item: Known, order: Option<&[Value]>) -> Result<Vec<Value>, Status> {
     let Some(key) = merge.patch_key else {
+        let before = original.len();
         for value in patch {
             if !original.contains(value) {
                 original.push(value.clone());
             }
         }
         let same = |left: &Value, right: &Value| left == right;
-        return Ok(in_order(original, order.unwrap_or(patch), same));
+        return Ok(in_order(original, before, order.unwrap_or(patch), same));
     };
     let same = |left: &Value, right: &Value| left.get(key).is_some_and(|value| right.get(key) == Some(value));
     let mut plain = Vec::new();
@@ -204,6 +205,7 @@ fn list(mut original: Vec<Value>, patch: &[Value], merge: &Merge, item: Known, o
     if replace {
         return Ok(plain);
     }
+    let before = original.len();
     for entry in &plain {
         let Value::Object(fields) = entry else { continue };
         if !fields.contains_key(key) {
@@ -217,11 +219,12 @@ fn list(mut original: Vec<Value>, patch: &[Value], merge: &Merge, item: Known, o
             None => original.extend(without_directives(entry)),
         }
     }
-    Ok(in_order(original, order.unwrap_or(&plain), same))
+    Ok(in_order(original, before, order.unwrap_or(&plain), same))
 }
 
 /// Items named by `order` come in that order; the others keep theirs, each before the first ordered one that it stood before.
-fn in_order(merged: Vec<Value>, order: &[Value], same: impl Fn(&Value, &Value) -> bool) -> Vec<Value> {
+/// An item from index `new` on stood nowhere before, so it comes as early as `order` lets it: a list's new items lead.
+fn in_order(merged: Vec<Value>, new: usize, order: &[Value], same: impl Fn(&Value, &Value) -> bool) -> Vec<Value> {
     let position = |value: &Value| merged.iter().position(|current| same(current, value));
     let mut named = Vec::with_capacity(merged.len());
     for wanted in order {
@@ -234,7 +237,7 @@ fn in_order(merged: Vec<Value>, order: &[Value], same: impl Fn(&Value, &Value) -
     let mut others = (0..merged.len()).filter(|index| !named.contains(index)).peekable();
     let mut indexes = Vec::with_capacity(merged.len());
     for index in &named {
-        while let Some(other) = others.next_if(|other| other < index) {
+        while let Some(other) = others.next_if(|other| other < index && *index < new) {
             indexes.push(other);
         }
         indexes.push(*index);
@@ -285,7 +288,7 @@ mod tests {
             (json!([{"name": "c"}, {"$patch": "replace"}]), json!([{"name": "c"}])),
             (
                 json!([{"name": "c", "image": null}]),
-                json!([{"name": "a", "image": "1", "args": ["x"]}, {"name": "b", "image": "1"}, {"name": "c"}]),
+                json!([{"name": "c"}, {"name": "a", "image": "1", "args": ["x"]}, {"name": "b", "image": "1"}]),
             ),
         ] {
             let result = patched(("", "Pod"), pod.clone(), json!({"spec": {"containers": patch}})).expect("merges");
@@ -323,6 +326,12 @@ mod tests {
                 json!({"metadata": {"finalizers": ["a"]}}),
                 json!({"metadata": {"$deleteFromPrimitiveList/finalizers": ["a"], "$setElementOrder/finalizers": ["c"], "finalizers": ["c"]}}),
                 json!({"metadata": {"finalizers": ["c"]}}),
+            ),
+            (
+                ("", "Pod"),
+                json!({"metadata": {"finalizers": ["a", "b"]}}),
+                json!({"metadata": {"finalizers": ["c"]}}),
+                json!({"metadata": {"finalizers": ["c", "a", "b"]}}),
             ),
             (
                 ("", "Pod"),
