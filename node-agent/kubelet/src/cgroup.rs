@@ -29,6 +29,14 @@ enum Layout {
     },
 }
 
+/// How a pod's limits are set while its containers are resized.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fit {
+    /// Only to more: containers that still have their old limits must have room.
+    Grow,
+    Exact,
+}
+
 /// The cgroups of this node's pods.
 pub struct Cgroups {
     layout: Layout,
@@ -147,14 +155,20 @@ impl Cgroups {
     }
 
     /// Makes the pod's cgroup and sets its limits; repeating it is cheap and corrects what changed.
-    pub fn set_up_pod(&self, pod: &Pod) -> io::Result<()> {
+    pub fn set_up_pod(&self, pod: &Pod, fit: Fit) -> io::Result<()> {
         let class = qos(pod);
         let path = self.pod_path(class, uid_of(pod));
         self.make(&path)?;
         let request = pod_request_milli(pod, "cpu");
-        let cpu_limit = pod_limit_milli(pod, "cpu").unwrap_or(0);
-        self.set_cpu(&path, cpu_shares(request), cpu_quota(cpu_limit))?;
-        if let Some(memory) = pod_limit_milli(pod, "memory").map(|milli| milli / 1000).filter(|memory| *memory > 0) {
+        let quota = cpu_quota(pod_limit_milli(pod, "cpu").unwrap_or(0));
+        let quota = match (fit, self.quota(&path)) {
+            (Fit::Grow, Some(before)) if quota > 0 => quota.max(before),
+            (Fit::Grow, None) => 0,
+            _ => quota,
+        };
+        self.set_cpu(&path, cpu_shares(request), quota)?;
+        let memory = pod_limit_milli(pod, "memory").map(|milli| milli / 1000).filter(|memory| *memory > 0);
+        if let Some(memory) = memory.filter(|memory| fit == Fit::Exact || self.memory_limit(pod).is_some_and(|before| *memory > before)) {
             self.set_memory(&path, memory)?;
         }
         let limits = pod.spec.as_ref().map(|spec| spec.containers.iter()).into_iter().flatten();
@@ -235,6 +249,36 @@ impl Cgroups {
             }
             Layout::Split { .. } => Ok(()),
         }
+    }
+
+    /// The CPU quota that is set; `None`: no limit.
+    fn quota(&self, path: &Path) -> Option<i64> {
+        let text = match &self.layout {
+            Layout::Unified(mount) => fs::read_to_string(mount.join(path).join("cpu.max")),
+            Layout::Split { cpu: Some(mount), .. } => fs::read_to_string(mount.join(path).join("cpu.cfs_quota_us")),
+            Layout::Split { .. } => return None,
+        };
+        text.ok()?.split_whitespace().next()?.parse().ok().filter(|quota| *quota > 0)
+    }
+
+    fn memory_file(&self, pod: &Pod, unified: &str, split: &str) -> Option<i64> {
+        let path = self.pod_path(qos(pod), uid_of(pod));
+        let text = match &self.layout {
+            Layout::Unified(mount) => fs::read_to_string(mount.join(path).join(unified)),
+            Layout::Split { memory: Some(mount), .. } => fs::read_to_string(mount.join(path).join(split)),
+            Layout::Split { .. } => return None,
+        };
+        text.ok()?.trim().parse().ok()
+    }
+
+    /// The pod's memory limit that is set; v1 shows none as a very large number, v2 as `None`.
+    pub fn memory_limit(&self, pod: &Pod) -> Option<i64> {
+        self.memory_file(pod, "memory.max", "memory.limit_in_bytes")
+    }
+
+    /// Bytes that the pod's processes use, caches included.
+    pub fn memory_usage(&self, pod: &Pod) -> Option<i64> {
+        self.memory_file(pod, "memory.current", "memory.usage_in_bytes")
     }
 
     fn set_memory(&self, path: &Path, bytes: i64) -> io::Result<()> {

@@ -9,6 +9,7 @@ use crate::cgroup::Cgroups;
 use crate::config::Config;
 use crate::cri::{Cri, v1};
 use crate::images::Images;
+use crate::in_flight::InFlight;
 use crate::machine::Machine;
 use crate::pod::backoff::Backoff;
 use crate::probe::{Probes, Tools};
@@ -30,6 +31,7 @@ pub struct Host {
     pub restarts: Backoff,
     pub probes: Arc<Probes>,
     pub volumes: Volumes,
+    pub in_flight: Arc<InFlight>,
     pub cgroups: Cgroups,
     pub machine: Machine,
     pub capacity: Resources,

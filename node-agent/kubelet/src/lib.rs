@@ -18,6 +18,7 @@ mod downward;
 mod gc;
 mod host;
 mod images;
+mod in_flight;
 mod machine;
 mod node;
 mod pleg;
@@ -227,9 +228,11 @@ async fn open(config: Config, watch: Watch, writer: Writer, lookup: Lookup) -> R
     let cgroups = cgroup::Cgroups::open(&config.cgroup_root, machine.cpus * 1000);
     let cgroups = cgroups.map_err(|source| StartError::Cgroups { root: config.cgroup_root.clone(), source })?;
     let config = Arc::new(config);
+    let in_flight = Arc::new(in_flight::InFlight::default());
     Ok(Host {
         images: images::Images::new(cri.clone(), writer.clone(), config.serialize_image_pulls),
-        volumes: volume::Volumes::new(config.clone(), lookup.clone(), writer.clone(), allocatable.clone()),
+        volumes: volume::Volumes::new(config.clone(), lookup.clone(), writer.clone(), allocatable.clone(), in_flight.clone()),
+        in_flight,
         restarts: pod::backoff::Backoff::default(),
         probes: Arc::default(),
         runtime_name: version.runtime_name.clone(),

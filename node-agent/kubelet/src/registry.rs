@@ -2,6 +2,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, RwLock};
 
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use outrigger_cluster::status::events::Kind;
 use outrigger_cluster::{Delta, Key};
@@ -11,7 +12,7 @@ use tracing::{debug, info};
 use crate::host::Host;
 use crate::pod::meta::{full_name, is_mirror, is_terminal_phase, name_of, namespace_of, phase, uid_of};
 use crate::pod::record::{Record, Source};
-use crate::pod::{admission, worker};
+use crate::pod::{admission, resize, worker};
 
 /// The records by UID.
 #[derive(Default)]
@@ -97,11 +98,16 @@ pub async fn run(
                 dispatcher.take_static(pods);
             }
         }
+        dispatcher.retry_resizes();
         let static_read = static_pods.as_ref().is_none_or(|pods| pods.borrow().is_some());
         if api_read && static_read {
             synced.send_if_modified(|synced| !std::mem::replace(synced, true));
         }
     }
+}
+
+fn generation(pod: &Pod) -> i64 {
+    pod.metadata.generation.unwrap_or(0)
 }
 
 struct Dispatcher {
@@ -143,9 +149,56 @@ impl Dispatcher {
             return;
         }
         match self.registry.get(uid_of(pod)) {
-            Some(record) => record.update(pod.clone()),
+            Some(record) => {
+                record.update(pod.clone());
+                self.answer_resize(&record);
+            }
             None => self.add(pod.clone(), Source::Api),
         }
+    }
+
+    /// Grants the resources that the pod asks for now, or says why not.
+    fn answer_resize(&self, record: &Record) {
+        let object = record.object();
+        if !record.resize().wanted(&object) {
+            // What was put off may have been taken back.
+            record.change_resize(|resize, _| resize.pending = None);
+            return;
+        }
+        if object.metadata.deletion_timestamp.is_some() || is_terminal_phase(phase(&object)) {
+            return;
+        }
+        let (event, kind, message) = match resize::answer(&object, &self.active(&record.uid), &self.host.allocatable) {
+            resize::Answer::Granted => {
+                record.change_resize(|resize, object| resize.grant(object, Timestamp::now()));
+                ("ResizeStarted", Kind::Normal, resize::event("started", &object, generation(&object), ""))
+            }
+            resize::Answer::Pending { reason, message } => {
+                if !record.change_resize(|resize, pod| resize.put_off(reason, &message, pod.metadata.generation, Timestamp::now())) {
+                    return;
+                }
+                let event = if reason == "Deferred" { "ResizeDeferred" } else { "ResizeInfeasible" };
+                (event, Kind::Warning, resize::event(reason, &object, generation(&object), &message))
+            }
+        };
+        info!(pod = %full_name(&object), message, "resize");
+        self.host.writer.event(&crate::pod::meta::reference(&object), kind, event, message);
+        record.wake.notify_one();
+    }
+
+    /// Something happened that may have made room for resizes that wait for it.
+    fn retry_resizes(&self) {
+        let mut waiting: Vec<Arc<Record>> = self.registry.all().into_iter().filter(|record| record.is_resize_deferred()).collect();
+        waiting.sort_by_cached_key(|record| resize::turn(&record.object(), &record.pod(), &record.resize()));
+        waiting.iter().for_each(|record| self.answer_resize(record));
+    }
+
+    /// The pods that use the node's resources, but that one.
+    fn active(&self, but: &str) -> Vec<Arc<Pod>> {
+        let active = |record: &Arc<Record>| {
+            record.uid != but && !record.status().phase.as_deref().is_some_and(is_terminal_phase) && record.failed().is_none()
+        };
+        self.registry.all().into_iter().filter(active).map(|record| record.pod()).collect()
     }
 
     /// A mirror's change concerns the static pod behind it.
@@ -192,13 +245,7 @@ impl Dispatcher {
         if !fresh || pod.metadata.deletion_timestamp.is_some() {
             return;
         }
-        let others: Vec<Arc<Pod>> = self
-            .registry
-            .all()
-            .into_iter()
-            .filter(|other| !other.status().phase.as_deref().is_some_and(is_terminal_phase) && other.failed().is_none())
-            .map(|other| other.pod())
-            .collect();
+        let others = self.active(&record.uid);
         let node = self.host.watch.nodes.get(&Key::new("", &self.host.config.node_name));
         if let Err(verdict) = admission::admit(pod, &others, &self.host.allocatable, node.as_deref()) {
             info!(pod = %full_name(pod), reason = verdict.reason, message = verdict.message, "refused");

@@ -23,6 +23,7 @@ const MESSAGE_LIMIT: u64 = 4096;
 /// How much of a log's end stands in for a missing message.
 const LOG_LIMIT: u64 = 2048;
 const LOG_LINES: usize = 80;
+const LOG_SETTLE: [u64; 5] = [5, 10, 20, 40, 80];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunState {
@@ -205,8 +206,17 @@ async fn termination_message(status: &v1::ContainerStatus) -> String {
     if !fall_back {
         return String::new();
     }
-    let text = read_end(&status.log_path, LOG_LIMIT * 4).await.unwrap_or_default();
-    last_log_lines(&String::from_utf8_lossy(&text))
+    // The runtime tells of the end a moment before the last line is in the log.
+    let mut pauses = LOG_SETTLE.iter();
+    loop {
+        let text = read_end(&status.log_path, LOG_LIMIT * 4).await.unwrap_or_default();
+        let lines = last_log_lines(&String::from_utf8_lossy(&text));
+        let fresh = jiff::Timestamp::now().as_nanosecond() - i128::from(status.finished_at) < 1_000_000_000;
+        match pauses.next() {
+            Some(pause) if lines.is_empty() && fresh => tokio::time::sleep(std::time::Duration::from_millis(*pause)).await,
+            _ => return lines,
+        }
+    }
 }
 
 async fn read_end(path: &str, limit: u64) -> std::io::Result<Vec<u8>> {

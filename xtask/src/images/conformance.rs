@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use super::demo::{busybox, nginx, nginx_config};
-use super::{PATH, Recipe, base, link_applets, unpack_closure};
+use super::{PATH, Recipe, base, link_applets, unpack, unpack_closure};
 use crate::tools::{self, Upstream, run};
 
 const REGISTRY: &str = "registry.k8s.io/e2e-test-images";
@@ -25,7 +25,7 @@ pub fn recipes() -> Vec<Recipe> {
             config: json!({"Entrypoint": ["/agnhost"], "Cmd": ["pause"], "Env": [PATH], "ExposedPorts": {"80/tcp": {}, "8080/tcp": {}, "8081/tcp": {}, "9376/tcp": {}, "5000/tcp": {}}}),
             fill: agnhost,
         },
-        Recipe { file: "e2e-busybox", names: named(&["busybox:1.37.0-1"]), config: shell(), fill: busybox },
+        Recipe { file: "e2e-shell", names: named(&["busybox:1.37.0-1"]), config: shell(), fill: tolerant_shell },
         Recipe { file: "e2e-nginx", names: named(&["nginx:1.14-4"]), config: nginx_config(), fill: nginx },
         Recipe { file: "e2e-nginx-new", names: named(&["nginx:1.15-4"]), config: nginx_config(), fill: nginx_new },
         Recipe { file: "dnsutils", names: named(&["jessie-dnsutils:1.7"]), config: shell(), fill: dnsutils },
@@ -65,6 +65,18 @@ pub fn recipes() -> Vec<Recipe> {
             fill: etcd,
         },
     ]
+}
+
+/// Busybox with bash as its shell: Debian's busybox drops environment variables whose names aren't those of shell variables.
+fn tolerant_shell(root: &Path) -> Result<()> {
+    base(root)?;
+    unpack(root, &["busybox-static", "bash-static"])?;
+    for shell in ["sh", "bash"] {
+        symlink("bash-static", root.join("bin").join(shell))?;
+    }
+    link_applets(root)?;
+    fs::create_dir_all(root.join("usr"))?;
+    Ok(())
 }
 
 fn go_build(package: &str, output: &Path) -> Result<()> {

@@ -4,6 +4,7 @@ use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodCondition, PodStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::meta::{containers, host_network, init_containers, is_sidecar};
+use super::resize;
 use super::status::Inputs;
 
 /// Status, reason and message of one condition.
@@ -31,13 +32,14 @@ pub fn generate(inputs: &Inputs<'_>, status: &PodStatus) -> Vec<PodCondition> {
     let (new_sandbox_needed, _, _) = inputs.view.sandbox_changed(host_network(inputs.pod));
     let containers_ready = containers_ready(inputs.pod, &statuses, phase);
     let ready = ready(inputs.pod, &containers_ready);
-    let mut conditions = vec![
+    let mut conditions: Vec<PodCondition> = resize::conditions(inputs.resize, inputs.pod, inputs.terminal).collect();
+    conditions.extend([
         condition(inputs, "PodReadyToStartContainers", Finding::is(!new_sandbox_needed)),
         condition(inputs, "Initialized", initialized(inputs.pod, &statuses, phase)),
         condition(inputs, "Ready", ready),
         condition(inputs, "ContainersReady", containers_ready),
         condition(inputs, "PodScheduled", Finding::is(true)),
-    ];
+    ]);
     // Set once when a pod is evicted; it stays.
     conditions.extend(inputs.old.conditions.iter().flatten().filter(|condition| condition.type_ == "DisruptionTarget").cloned());
     conditions

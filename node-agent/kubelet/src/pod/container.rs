@@ -55,10 +55,6 @@ pub async fn container_config(
     let image_user = image_user(host, container).await?;
     verify_non_root(pod, container, &image_user)?;
     let mounts = mounts(host, pod, container, circumstances, &variables).await?;
-    let log_dir = host.config.pod_logs_dir(namespace_of(pod), name_of(pod), uid_of(pod)).join(&container.name);
-    tokio::fs::create_dir_all(&log_dir)
-        .await
-        .map_err(|error| format!("create container log directory for container {} failed: {error}", container.name))?;
     Ok(v1::ContainerConfig {
         metadata: Some(v1::ContainerMetadata {
             name: container.name.clone(),
@@ -217,13 +213,7 @@ async fn mounts(
         let place = subpath::Place { pod_dir: host.config.pod_dir(uid_of(pod)), container: container.name.clone(), index };
         mounts.push(volume_mount(container, wanted, circumstances.volumes, variables, &place)?);
     }
-    let own_hosts = container.volume_mounts.iter().flatten().any(|mount| mount.mount_path == "/etc/hosts");
-    if !own_hosts && !circumstances.pod_ips.is_empty() {
-        mounts.push(hosts_mount(host, pod, circumstances.pod_ips).await?);
-    }
-    if let Some(path) = container.termination_message_path.as_deref().filter(|path| !path.is_empty()) {
-        mounts.push(message_mount(host, pod, container, path).await?);
-    }
+    mounts.extend(own_files(host, pod, container, circumstances.pod_ips).await?);
     Ok(mounts)
 }
 
@@ -288,32 +278,49 @@ fn absolute(path: &str) -> String {
     if path.starts_with('/') { path.to_owned() } else { format!("/{path}") }
 }
 
-async fn hosts_mount(host: &Host, pod: &Pod, ips: &[String]) -> Result<v1::Mount, String> {
-    let text = if host_network(pod) {
-        let node = tokio::fs::read_to_string("/etc/hosts").await.unwrap_or_default();
-        super::dns::host_network_hosts_file(pod, &node)
-    } else {
-        super::dns::hosts_file(pod, ips, &host.config.cluster_domain)
+/// Makes the files of the pod's own folder that the container mounts, /etc/hosts and the one for its last words, and the folder of
+/// its logs.
+async fn own_files(host: &Host, pod: &Pod, container: &Container, pod_ips: &[String]) -> Result<Vec<v1::Mount>, String> {
+    let mut mounts = Vec::new();
+    let mut files = Vec::new();
+    let mut add = |container_path: &str, path: PathBuf, text: String, mode: u32| {
+        let (container_path, host_path) = (absolute(container_path), path.display().to_string());
+        mounts.push(v1::Mount { container_path, host_path, ..v1::Mount::default() });
+        files.push((path, text, mode));
     };
-    let path = host.config.pod_dir(uid_of(pod)).join("etc-hosts");
-    tokio::fs::write(&path, text).await.map_err(|error| format!("failed to write the hosts file {}: {error}", path.display()))?;
-    set_mode(&path, 0o644).await?;
-    Ok(v1::Mount { container_path: "/etc/hosts".into(), host_path: path.display().to_string(), ..v1::Mount::default() })
+    let pod_dir = host.config.pod_dir(uid_of(pod));
+    let brings_hosts = container.volume_mounts.iter().flatten().any(|mount| mount.mount_path == "/etc/hosts");
+    if !brings_hosts && !pod_ips.is_empty() {
+        add("/etc/hosts", pod_dir.join("etc-hosts"), hosts_text(host, pod, pod_ips).await, 0o644);
+    }
+    if let Some(path) = container.termination_message_path.as_deref().filter(|path| !path.is_empty()) {
+        // A new one for each start.
+        add(path, pod_dir.join("containers").join(&container.name).join(crate::short_id()), String::new(), 0o666);
+    }
+    let logs = host.config.pod_logs_dir(namespace_of(pod), name_of(pod), uid_of(pod)).join(&container.name);
+    let written = host.in_flight.run(uid_of(pod), move || {
+        let failed = |path: &Path, error: std::io::Error| std::io::Error::other(format!("{}: {error}", path.display()));
+        std::fs::create_dir_all(&logs).map_err(|error| failed(&logs, error))?;
+        files.iter().try_for_each(|(path, text, mode)| write_file(path, text, *mode).map_err(|error| failed(path, error)))
+    });
+    written.await.map_err(|error| format!("failed to make the files of container {}: {error}", container.name))?;
+    Ok(mounts)
 }
 
-/// An empty file of its own for each start, in which the program may leave its last words.
-async fn message_mount(host: &Host, pod: &Pod, container: &Container, path: &str) -> Result<v1::Mount, String> {
-    let dir = host.config.pod_dir(uid_of(pod)).join("containers").join(&container.name);
-    let file = dir.join(crate::short_id());
-    let failed = |error: std::io::Error| format!("error on creating termination-log file {}: {error}", file.display());
-    tokio::fs::create_dir_all(&dir).await.map_err(failed)?;
-    tokio::fs::write(&file, b"").await.map_err(failed)?;
-    set_mode(&file, 0o666).await?;
-    Ok(v1::Mount { container_path: absolute(path), host_path: file.display().to_string(), ..v1::Mount::default() })
+async fn hosts_text(host: &Host, pod: &Pod, pod_ips: &[String]) -> String {
+    if !host_network(pod) {
+        return super::dns::hosts_file(pod, pod_ips, &host.config.cluster_domain);
+    }
+    let node = tokio::fs::read_to_string("/etc/hosts").await.unwrap_or_default();
+    super::dns::host_network_hosts_file(pod, &node)
 }
 
-async fn set_mode(path: &Path, mode: u32) -> Result<(), String> {
+/// The mode is what was asked for, whatever the umask.
+fn write_file(path: &Path, text: &str, mode: u32) -> std::io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
-    let permissions = std::fs::Permissions::from_mode(mode);
-    tokio::fs::set_permissions(path, permissions).await.map_err(|error| format!("chmod {}: {error}", path.display()))
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    std::fs::write(path, text)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
 }

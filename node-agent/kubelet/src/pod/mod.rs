@@ -1,4 +1,5 @@
 //! Pods: what they should be (`plan`), how they go (`machine`, `worker`), what is done (`sync`, `start`), how they look (`status`).
+mod actuate;
 pub mod admission;
 pub mod backoff;
 mod conditions;
@@ -10,6 +11,7 @@ pub mod machine;
 pub mod meta;
 pub mod plan;
 pub mod record;
+pub mod resize;
 pub mod resources;
 mod sandbox;
 mod start;

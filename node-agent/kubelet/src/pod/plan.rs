@@ -4,6 +4,7 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 use super::meta::{
     containers, ephemeral_containers, host_network, init_containers, is_sidecar, restart_policy, restarts_after, should_restart,
 };
+use super::resize::{Allocation, Change, change};
 use crate::probe::Verdict;
 use crate::runtime::{ContainerView, PodView, RunState, hash};
 
@@ -32,6 +33,8 @@ pub struct Plan {
     pub sandbox_id: Option<String>,
     pub attempt: u32,
     pub kill: Vec<Kill>,
+    /// Other resources for running containers.
+    pub resize: Vec<Change>,
     /// Indexes into the pod's lists.
     pub start_ephemeral: Vec<usize>,
     pub start_init: Vec<usize>,
@@ -44,7 +47,8 @@ pub trait ProbeResults {
     fn startup(&self, container_id: &str) -> Option<Verdict>;
 }
 
-pub fn plan(pod: &Pod, view: &PodView, probes: &dyn ProbeResults) -> Plan {
+/// `actuated`: what the running containers were given.
+pub fn plan(pod: &Pod, view: &PodView, probes: &dyn ProbeResults, actuated: &Allocation) -> Plan {
     let (create_sandbox, attempt, sandbox) = view.sandbox_changed(host_network(pod));
     let mut plan = Plan {
         kill_pod: create_sandbox,
@@ -63,11 +67,37 @@ pub fn plan(pod: &Pod, view: &PodView, probes: &dyn ProbeResults) -> Plan {
             plan.start_ephemeral.push(index);
         }
     }
-    let initialized = plan_init(pod, view, probes, &mut plan);
+    let found = Found { pod, view, probes, actuated };
+    let initialized = plan_init(&found, &mut plan);
     if !plan.kill_pod && initialized {
-        plan_main(pod, view, probes, &mut plan);
+        plan_main(&found, &mut plan);
     }
+    // Those that get less make room first.
+    plan.resize.sort_by_key(|change| change.to.memory_limit > change.from.memory_limit || change.to.cpu_limit > change.from.cpu_limit);
     plan
+}
+
+/// What a plan is made from.
+struct Found<'a> {
+    pod: &'a Pod,
+    view: &'a PodView,
+    probes: &'a dyn ProbeResults,
+    actuated: &'a Allocation,
+}
+
+impl Found<'_> {
+    /// True when the running container can stay: it's resized in place, if at all.
+    fn plan_resize(&self, container: &Container, running: &ContainerView, plan: &mut Plan) -> bool {
+        let Some(change) = change(container, &running.id, self.actuated) else { return true };
+        let stays = !change.restarts(container);
+        if stays {
+            plan.resize.push(change);
+        } else {
+            let message = format!("Container {} resize requires restart", container.name);
+            plan.kill.push(Kill { id: running.id.clone(), name: container.name.clone(), message, reason: KillReason::Other });
+        }
+        stays
+    }
 }
 
 fn runs_once(pod: &Pod, container: &Container) -> bool {
@@ -106,7 +136,8 @@ fn changed(container: &Container, view: &ContainerView) -> bool {
 
 /// True when the main containers may run. Init containers are looked at from the last one backwards, since finished ones may have
 /// been removed from the runtime.
-fn plan_init(pod: &Pod, view: &PodView, probes: &dyn ProbeResults, plan: &mut Plan) -> bool {
+fn plan_init(found: &Found<'_>, plan: &mut Plan) -> bool {
+    let Found { pod, view, .. } = *found;
     let list = init_containers(pod);
     if list.is_empty() {
         return true;
@@ -117,7 +148,7 @@ fn plan_init(pod: &Pod, view: &PodView, probes: &dyn ProbeResults, plan: &mut Pl
     let mut previous = initialized;
     for (index, container) in list.iter().enumerate().rev() {
         let last = index + 1 == list.len();
-        let Some(found) = view.find(&container.name) else {
+        let Some(seen) = view.find(&container.name) else {
             if previous && is_sidecar(container) {
                 plan.start_init.push(index);
             }
@@ -126,17 +157,17 @@ fn plan_init(pod: &Pod, view: &PodView, probes: &dyn ProbeResults, plan: &mut Pl
         if previous && !is_sidecar(container) {
             continue;
         }
-        match found.state {
+        match seen.state {
             RunState::Created => plan.start_init.push(index),
             RunState::Running if is_sidecar(container) => {
-                if plan_running_sidecar(container, found, index, previous, last, probes, plan) {
+                if plan_running_sidecar(found, container, seen, index, previous, plan) {
                     initialized = true;
                 }
             }
             RunState::Running => {}
             RunState::Exited if is_sidecar(container) => plan.start_init.push(index),
-            RunState::Exited if found.exit_code != 0 => {
-                if !restarts_after(pod, container, found.exit_code) || pod.metadata.deletion_timestamp.is_some() {
+            RunState::Exited if seen.exit_code != 0 => {
+                if !restarts_after(pod, container, seen.exit_code) || pod.metadata.deletion_timestamp.is_some() {
                     plan.kill_pod = true;
                     plan.start_init.clear();
                     return false;
@@ -153,7 +184,7 @@ fn plan_init(pod: &Pod, view: &PodView, probes: &dyn ProbeResults, plan: &mut Pl
                     return false;
                 }
                 let message = "Init container is in \"unknown\" state, try killing it before restart".into();
-                plan.kill.push(Kill { id: found.id.clone(), name: container.name.clone(), message, reason: KillReason::Other });
+                plan.kill.push(Kill { id: seen.id.clone(), name: container.name.clone(), message, reason: KillReason::Other });
                 plan.start_init.push(index);
             }
         }
@@ -168,21 +199,22 @@ fn plan_init(pod: &Pod, view: &PodView, probes: &dyn ProbeResults, plan: &mut Pl
 
 /// True when it is the last init container and it has started.
 fn plan_running_sidecar(
+    found: &Found<'_>,
     container: &Container,
-    found: &ContainerView,
+    seen: &ContainerView,
     index: usize,
     previous: bool,
-    last: bool,
-    probes: &dyn ProbeResults,
     plan: &mut Plan,
 ) -> bool {
+    let last = index + 1 == init_containers(found.pod).len();
+    let probes = found.probes;
     let restart = |plan: &mut Plan, what: &str, reason| {
         let message = format!("Init container {} {what}", container.name);
-        plan.kill.push(Kill { id: found.id.clone(), name: container.name.clone(), message, reason });
+        plan.kill.push(Kill { id: seen.id.clone(), name: container.name.clone(), message, reason });
         plan.start_init.push(index);
     };
     if container.startup_probe.is_some() {
-        match probes.startup(&found.id) {
+        match probes.startup(&seen.id) {
             Some(Verdict::Success) => {}
             Some(Verdict::Failure) => {
                 restart(plan, "failed startup probe", KillReason::StartupProbe);
@@ -194,22 +226,25 @@ fn plan_running_sidecar(
     if !last && !previous {
         plan.start_init.push(index + 1);
     }
-    if changed(container, found) {
+    if changed(container, seen) {
         restart(plan, "definition changed", KillReason::Other);
-    } else if container.liveness_probe.is_some() && probes.liveness(&found.id) == Some(Verdict::Failure) {
+    } else if container.liveness_probe.is_some() && probes.liveness(&seen.id) == Some(Verdict::Failure) {
         restart(plan, "failed liveness probe", KillReason::LivenessProbe);
+    } else if !found.plan_resize(container, seen, plan) {
+        plan.start_init.push(index);
     }
     last
 }
 
-fn plan_main(pod: &Pod, view: &PodView, probes: &dyn ProbeResults, plan: &mut Plan) {
+fn plan_main(found: &Found<'_>, plan: &mut Plan) {
+    let Found { pod, view, probes, .. } = *found;
     let mut kept = 0;
     for (index, container) in containers(pod).iter().enumerate() {
-        let found = view.find(&container.name);
-        let Some(running) = found.filter(|found| found.state == RunState::Running) else {
-            if should_restart(pod, container, found) {
+        let seen = view.find(&container.name);
+        let Some(running) = seen.filter(|seen| seen.state == RunState::Running) else {
+            if should_restart(pod, container, seen) {
                 plan.start_main.push(index);
-                if let Some(unknown) = found.filter(|found| found.state == RunState::Unknown) {
+                if let Some(unknown) = seen.filter(|seen| seen.state == RunState::Unknown) {
                     let message = "Container is in \"unknown\" state, try killing it before restart".into();
                     plan.kill.push(Kill { id: unknown.id.clone(), name: container.name.clone(), message, reason: KillReason::Other });
                 }
@@ -225,7 +260,11 @@ fn plan_main(pod: &Pod, view: &PodView, probes: &dyn ProbeResults, plan: &mut Pl
         } else if probes.startup(&running.id) == Some(Verdict::Failure) {
             (format!("Container {} failed startup probe", container.name), KillReason::StartupProbe)
         } else {
-            kept += 1;
+            if found.plan_resize(container, running, plan) {
+                kept += 1;
+            } else {
+                plan.start_main.push(index);
+            }
             continue;
         };
         if restart {
@@ -245,6 +284,10 @@ fn plan_main(pod: &Pod, view: &PodView, probes: &dyn ProbeResults, plan: &mut Pl
 mod tests {
     use super::*;
     use crate::pod::test_data::{pod, view};
+
+    fn plan(pod: &Pod, view: &PodView, probes: &dyn ProbeResults) -> Plan {
+        super::plan(pod, view, probes, &Allocation::new())
+    }
 
     struct NoProbes;
     impl ProbeResults for NoProbes {

@@ -3,10 +3,11 @@ use std::collections::HashMap;
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodStatus};
+use k8s_openapi::api::core::v1::{Container, ContainerStatus, Pod, PodStatus};
 use tokio::sync::Notify;
 
 use super::meta::{find_container, uid_of};
+use super::resize::{self, Resize};
 use super::status::{Verdict, Waiting};
 use crate::probe::Subject;
 use crate::runtime::PodView;
@@ -21,7 +22,11 @@ pub enum Source {
 /// The mutable part, behind one lock that is never held across an await.
 #[derive(Default)]
 struct Inner {
+    /// As its source has it.
+    object: Arc<Pod>,
+    /// With the resources that the node has granted.
     pod: Arc<Pod>,
+    resize: Resize,
     status: PodStatus,
     view: Option<Arc<PodView>>,
     waiting: HashMap<String, Waiting>,
@@ -42,8 +47,10 @@ pub struct Record {
 
 impl Record {
     pub fn new(pod: Arc<Pod>, source: Source) -> Self {
-        let status = pod.status.clone().unwrap_or_default();
-        Self { uid: uid_of(&pod).to_owned(), source, inner: RwLock::new(Inner { pod, status, ..Inner::default() }), wake: Notify::new() }
+        let mut inner =
+            Inner { object: pod.clone(), status: pod.status.clone().unwrap_or_default(), resize: Resize::of(&pod), ..Inner::default() };
+        inner.pod = resize::allocated(&pod, &inner.resize.allocated);
+        Self { uid: uid_of(&pod).to_owned(), source, inner: RwLock::new(inner), wake: Notify::new() }
     }
 
     fn read(&self) -> std::sync::RwLockReadGuard<'_, Inner> {
@@ -54,14 +61,49 @@ impl Record {
         self.inner.write().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
+    /// The pod with the resources that the node has granted it.
     pub fn pod(&self) -> Arc<Pod> {
         self.read().pod.clone()
     }
 
+    /// The pod as its source has it.
+    pub fn object(&self) -> Arc<Pod> {
+        self.read().object.clone()
+    }
+
     /// Takes a newer object in and wakes the worker.
     pub fn update(&self, pod: Arc<Pod>) {
-        self.write().pod = pod;
+        let mut inner = self.write();
+        inner.pod = resize::allocated(&pod, &inner.resize.allocated);
+        inner.object = pod;
+        drop(inner);
         self.wake.notify_one();
+    }
+
+    /// Notes what a container has from now on.
+    pub fn start_with(&self, container: &Container) {
+        let resize = &mut self.write().resize;
+        if resize.allocated.contains_key(&container.name) {
+            resize.actuated.insert(container.name.clone(), container.resources.clone().unwrap_or_default());
+        }
+    }
+
+    /// Whether a resize waits for room on the node.
+    pub fn is_resize_deferred(&self) -> bool {
+        self.read().resize.pending.as_ref().is_some_and(|pending| pending.reason.as_deref() == Some("Deferred"))
+    }
+
+    pub fn resize(&self) -> Resize {
+        self.read().resize.clone()
+    }
+
+    /// Changes how the pod's resizes stand.
+    pub fn change_resize<T>(&self, change: impl FnOnce(&mut Resize, &Arc<Pod>) -> T) -> T {
+        let mut inner = self.write();
+        let object = inner.object.clone();
+        let result = change(&mut inner.resize, &object);
+        inner.pod = resize::allocated(&object, &inner.resize.allocated);
+        result
     }
 
     pub fn mark_gone(&self) {
@@ -124,7 +166,7 @@ impl Record {
     /// The object with the status that the kubelet holds, which is newer than the API server's.
     pub fn with_status(&self) -> Pod {
         let inner = self.read();
-        Pod { status: Some(inner.status.clone()), ..(*inner.pod).clone() }
+        Pod { status: Some(inner.status.clone()), ..(*inner.object).clone() }
     }
 }
 

@@ -14,6 +14,7 @@ use super::meta::{
     containers, ephemeral_containers, host_network, init_containers, is_sidecar, is_static, is_terminal_phase, phase, restarts_after,
     should_restart,
 };
+use super::resize::Resize;
 use super::resources::qos;
 use crate::runtime::{ContainerView, PodView, RunState};
 
@@ -51,6 +52,7 @@ pub struct Inputs<'a> {
     /// The pod won't be started again.
     pub terminal: bool,
     pub failed: Option<&'a Verdict>,
+    pub resize: &'a Resize,
     pub runtime_name: &'a str,
     pub node_ips: &'a [IpAddr],
     pub recursive_read_only: bool,
@@ -247,7 +249,7 @@ fn seen_status(
         state: Some(state_of(inputs, newest, before)),
         last_state: older.map(|older| state_of(inputs, older, None)),
         volume_mounts: before.and_then(|before| before.volume_mounts.clone()).or_else(|| volume_mounts(inputs, container)),
-        resources: container.resources.clone(),
+        resources: inputs.resize.actuated.get(&container.name).cloned().or_else(|| container.resources.clone()),
         allocated_resources: container.resources.as_ref().and_then(|resources| resources.requests.clone()),
         user: newest.user.as_ref().map(|user| ContainerUser {
             linux: Some(LinuxContainerUser {
@@ -492,6 +494,7 @@ mod tests {
             probes: &AllReady,
             terminal,
             failed: None,
+            resize: &Resize::default(),
             runtime_name: "containerd",
             node_ips: &["192.0.2.1".parse().unwrap()],
             recursive_read_only: false,

@@ -12,12 +12,14 @@ use outrigger_cluster::status::events::Kind;
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
+use super::actuate;
 use super::meta::{
     containers, ephemeral_containers, full_name, grace_period, host_network, init_containers, is_mirror, is_sidecar, is_terminal_phase,
     name_of, namespace_of, reference, spec,
 };
 use super::plan::{KillReason, Plan, plan};
 use super::record::{Record, Source};
+use super::resize;
 use super::sandbox::sandbox_config;
 use super::start::{self, Place, Turn, kill};
 use super::status::{self, Inputs, Verdict, Waiting};
@@ -42,6 +44,14 @@ pub enum Pass {
 async fn look(host: &Host, record: &Record, terminal: bool) -> crate::cri::Result<Arc<PodView>> {
     let view = Arc::new(runtime::read(&host.cri, &record.uid).await?);
     record.set_view(view.clone());
+    let completed = record.change_resize(|resize, object| {
+        resize.keep_running(&view);
+        resize.settle(object.metadata.generation, Timestamp::now())
+    });
+    if let Some(generation) = completed {
+        let pod = record.pod();
+        pod_event(host, &pod, Kind::Normal, "ResizeCompleted", resize::event("completed", &pod, generation, ""));
+    }
     publish(host, record, &view, terminal);
     Ok(view)
 }
@@ -62,6 +72,7 @@ fn generate(host: &Host, record: &Record, view: &PodView, terminal: bool) -> Pod
         probes: &OfPod { probes: &host.probes, pod: &pod },
         terminal,
         failed: record.failed().as_ref(),
+        resize: &record.resize(),
         runtime_name: &host.runtime_name,
         node_ips: &host.config.node_ips,
         recursive_read_only: false,
@@ -114,13 +125,17 @@ pub async fn sync(host: &Arc<Host>, record: &Arc<Record>) -> Pass {
     };
     let subject: Arc<dyn Subject> = record.clone();
     host.probes.ensure(&host.probe_tools(), &subject);
-    let actions = plan(&pod, &view, &*host.probes);
+    let resize = record.resize();
+    let actions = plan(&pod, &view, &*host.probes, &resize.actuated);
     let idle = Plan { attempt: actions.attempt, sandbox_id: actions.sandbox_id.clone(), ..Plan::default() };
-    if actions == idle {
+    if actions == idle && resize.in_progress.is_none() {
         return Pass::Done;
     }
     debug!(pod = %full_name(&pod), ?actions, "plan");
-    let carried_out = carry_out(host, record, &pod, &view, &actions, &volumes).await;
+    let mut carried_out = carry_out(host, record, &pod, &view, &actions, &volumes).await;
+    if carried_out.is_ok() && resize.in_progress.is_some() {
+        carried_out = actuate::fit_cgroup(host, record, &pod).await.map_err(drop);
+    }
     let seen = look(host, record, false).await;
     host.probes.kick(&record.uid);
     match (carried_out, seen) {
@@ -153,17 +168,9 @@ async fn prepare(host: &Arc<Host>, record: &Record, pod: &Arc<Pod>, view: &PodVi
     if record.source == Source::File {
         crate::static_pod::ensure_mirror(host, pod).await;
     }
-    let (work, object) = (host.clone(), pod.clone());
-    let dir = host.config.pod_dir(&record.uid);
-    let made = tokio::task::spawn_blocking(move || {
-        work.cgroups.set_up_pod(&object)?;
-        std::fs::create_dir_all(dir.join("volumes"))?;
-        std::fs::create_dir_all(dir.join("containers"))
-    });
-    let made = made.await.map_err(|error| error.to_string()).and_then(|made| made.map_err(|error| error.to_string()));
-    if let Err(error) = made {
+    if let Err(error) = actuate::fit_cgroup(host, record, pod).await {
         pod_event(host, pod, Kind::Warning, "FailedCreatePodContainer", format!("unable to ensure pod container exists: {error}"));
-        warn!(pod = %full_name(pod), error, "couldn't prepare the pod's cgroup and folders");
+        warn!(pod = %full_name(pod), %error, "couldn't set up the pod's cgroup");
         return Err(());
     }
     host.lookup.hold(&record.uid, &volume::references(pod));
@@ -205,6 +212,7 @@ async fn carry_out(
             killed.map_err(|error| warn!(pod = %full_name(pod), container = unwanted.name, %error, "couldn't stop a container"))?;
         }
     }
+    actuate::update(host, record, pod, &actions.resize).await?;
     let cgroup_parent = host.cgroups.parent_of(pod);
     let config = sandbox_config(&host.config, pod, actions.attempt, &cgroup_parent, &host.node_dns().await).map_err(|message| {
         pod_event(host, pod, Kind::Warning, "FailedCreatePodSandBox", format!("Failed to create pod sandbox: {message}"));
@@ -299,6 +307,7 @@ async fn start_one(host: &Host, record: &Record, pod: &Pod, container: &Containe
     match start::start(host, pod, container, view, place).await {
         Ok(()) => {
             record.set_waiting(&container.name, None);
+            record.start_with(container);
             true
         }
         Err(error) => {
@@ -412,6 +421,7 @@ pub async fn clean_up(host: &Arc<Host>, record: &Arc<Record>) -> bool {
         return false;
     }
     let (work, uid) = (host.clone(), record.uid.clone());
+    host.in_flight.forget(&record.uid);
     match tokio::task::spawn_blocking(move || work.cgroups.remove_pod(&uid)).await {
         Ok(Ok(())) => true,
         Ok(Err(error)) => {

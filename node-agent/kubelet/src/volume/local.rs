@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 use k8s_openapi::api::core::v1::{EmptyDirVolumeSource, Pod};
 use nix::mount::{MsFlags, mount};
 
-use super::{mounts, ownership, volume_dir};
-use crate::config::Config;
+use super::{mounts, ownership};
 use crate::pod::resources::pod_limit_milli;
 use crate::quantity::{self, Resources};
 
@@ -16,25 +15,18 @@ pub fn make_volume_dir(dir: &Path) -> std::io::Result<()> {
     std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o777))
 }
 
-pub async fn empty_dir(
-    config: &Config,
+/// The work that makes an emptyDir at that place.
+pub fn empty_dir(
+    dir: PathBuf,
     pod: &Pod,
-    name: &str,
     source: &EmptyDirVolumeSource,
     allocatable: &Resources,
-) -> Result<PathBuf, String> {
-    let dir = volume_dir(config, pod, "empty-dir", name);
+) -> impl FnOnce() -> std::io::Result<()> + Send + 'static + use<> {
     let medium = source.medium.clone().unwrap_or_default();
     let limit = source.size_limit.as_ref().map(quantity::value).filter(|limit| *limit > 0);
     let size = memory_size(pod, limit, allocatable);
     let group = ownership::fs_group(pod);
-    let target = dir.clone();
-    let made = tokio::task::spawn_blocking(move || make_empty_dir(&target, &medium, size, group));
-    match made.await {
-        Ok(Ok(())) => Ok(dir),
-        Ok(Err(error)) => Err(format!("failed to set up emptyDir {}: {error}", dir.display())),
-        Err(error) => Err(error.to_string()),
-    }
+    move || make_empty_dir(&dir, &medium, size, group)
 }
 
 /// The smallest of the volume's limit, the pod's memory limit and the node's memory.

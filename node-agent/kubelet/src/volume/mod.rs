@@ -3,11 +3,12 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::{PersistentVolume, Pod, Volume};
+use k8s_openapi::api::core::v1::{EmptyDirVolumeSource, PersistentVolume, Pod, Volume};
 use outrigger_cluster::lookup::References;
 use outrigger_cluster::{Key, Lookup};
 
 use crate::config::Config;
+use crate::in_flight::InFlight;
 use crate::pod::meta::{containers, ephemeral_containers, init_containers, name_of, namespace_of, spec, uid_of};
 use crate::quantity::Resources;
 
@@ -35,6 +36,7 @@ pub struct Volumes {
     lookup: Lookup,
     tokens: Tokens,
     allocatable: Resources,
+    in_flight: Arc<InFlight>,
 }
 
 /// What of the pod isn't in its object.
@@ -84,8 +86,14 @@ fn volume_dir(config: &Config, pod: &Pod, plugin: &str, name: &str) -> PathBuf {
 }
 
 impl Volumes {
-    pub fn new(config: Arc<Config>, lookup: Lookup, writer: outrigger_cluster::Writer, allocatable: Resources) -> Self {
-        Self { config, lookup, tokens: Tokens::new(writer), allocatable }
+    pub fn new(
+        config: Arc<Config>,
+        lookup: Lookup,
+        writer: outrigger_cluster::Writer,
+        allocatable: Resources,
+        in_flight: Arc<InFlight>,
+    ) -> Self {
+        Self { config, lookup, tokens: Tokens::new(writer), allocatable, in_flight }
     }
 
     /// Makes or refreshes every volume of the pod; gives each one's path on the host. Stops at the first that fails.
@@ -102,7 +110,7 @@ impl Volumes {
     async fn set_up_one(&self, pod: &Pod, volume: &Volume, facts: &Facts<'_>) -> Result<PathBuf, String> {
         let name = &volume.name;
         if let Some(source) = &volume.empty_dir {
-            return local::empty_dir(&self.config, pod, name, source, &self.allocatable).await;
+            return self.empty_dir(pod, name, source).await;
         }
         if let Some(source) = &volume.host_path {
             let path = PathBuf::from(&source.path);
@@ -136,15 +144,18 @@ impl Volumes {
         let dir = volume_dir(&self.config, pod, plugin, name);
         let group = ownership::fs_group(pod);
         let target = dir.clone();
-        let written = tokio::task::spawn_blocking(move || {
+        let written = self.in_flight.run(uid_of(pod), move || {
             local::make_volume_dir(&target)?;
             atomic::write(&target, &payload, group)
         });
-        match written.await {
-            Ok(Ok(_)) => Ok(dir),
-            Ok(Err(error)) => Err(format!("failed to write {}: {error}", dir.display())),
-            Err(error) => Err(error.to_string()),
-        }
+        written.await.map(|_| dir.clone()).map_err(|error| format!("failed to write {}: {error}", dir.display()))
+    }
+
+    async fn empty_dir(&self, pod: &Pod, name: &str, source: &EmptyDirVolumeSource) -> Result<PathBuf, String> {
+        let dir = volume_dir(&self.config, pod, "empty-dir", name);
+        let make = local::empty_dir(dir.clone(), pod, source, &self.allocatable);
+        let made = self.in_flight.run(uid_of(pod), make).await;
+        made.map(|()| dir.clone()).map_err(|error| format!("failed to set up emptyDir {}: {error}", dir.display()))
     }
 
     /// A claim bound to a volume that is a folder of this node.
@@ -168,7 +179,7 @@ impl Volumes {
         {
             let target = path.clone();
             // Best effort as upstream: a volume of another owner may refuse.
-            let _ = tokio::task::spawn_blocking(move || ownership::give_to_group(&target, group, true)).await;
+            let _ = self.in_flight.run(uid_of(pod), move || ownership::give_to_group(&target, group, true)).await;
         }
         Ok(path)
     }
@@ -177,7 +188,12 @@ impl Volumes {
     pub async fn tear_down(&self, uid: &str) -> std::io::Result<()> {
         self.tokens.forget_pod(uid);
         let dir = self.config.pod_dir(uid);
-        tokio::task::spawn_blocking(move || remove_pod_dir(&dir)).await?
+        let quiet = self.in_flight.quiet(uid).await;
+        let removed = tokio::task::spawn_blocking(move || {
+            let _quiet = quiet;
+            remove_pod_dir(&dir)
+        });
+        removed.await?
     }
 }
 
