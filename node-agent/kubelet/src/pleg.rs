@@ -10,10 +10,10 @@ use crate::cri::events::{self, RuntimeEvent};
 use crate::cri::{Cri, v1};
 use crate::runtime::POD_UID;
 
-const NET_WITH_EVENTS: Duration = Duration::from_secs(5);
+const NET_WITH_EVENTS: Duration = Duration::from_secs(30);
 const NET_ALONE: Duration = Duration::from_secs(1);
 /// The runtime tells of an end a little before its own state shows it.
-const SETTLE: [u64; 9] = [1, 5, 10, 20, 40, 80, 160, 320, 640];
+const SETTLE: [u64; 12] = [1, 5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560, 5120];
 
 /// The state of everything, by container or sandbox id: its pod's UID and its state's number.
 type Snapshot = HashMap<String, (String, i32)>;
@@ -87,9 +87,9 @@ async fn settle(cri: Cri, event: RuntimeEvent, wake: Arc<dyn Fn(&str) + Send + S
                 wake(&uid);
                 return;
             }
-            Ok(Some(_)) => {}
             // Removed already: whoever removed it knows.
-            Ok(None) | Err(_) => return,
+            Ok(None) => return,
+            Ok(Some(_)) | Err(_) => {}
         }
         tokio::time::sleep(Duration::from_millis(pause)).await;
     }

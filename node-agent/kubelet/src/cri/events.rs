@@ -61,10 +61,12 @@ enum Ended {
     Broken,
 }
 
-fn announce(announced: &mut Option<Source>, source: Source) {
+/// The stream is open: what happened since the last one ended has to be looked at.
+fn announce(announced: &mut Option<Source>, source: Source, sink: &mpsc::UnboundedSender<RuntimeEvent>) -> Result<(), Ended> {
     if announced.replace(source) != Some(source) {
         info!(?source, "listening to the runtime's container events");
     }
+    sink.send(RuntimeEvent::Gap).map_err(|_| Ended::Broken)
 }
 
 async fn follow_cri(cri: &Cri, sink: &mpsc::UnboundedSender<RuntimeEvent>, announced: &mut Option<Source>) -> Ended {
@@ -76,7 +78,9 @@ async fn follow_cri(cri: &Cri, sink: &mpsc::UnboundedSender<RuntimeEvent>, annou
             return Ended::Broken;
         }
     };
-    announce(announced, Source::Cri);
+    if let Err(ended) = announce(announced, Source::Cri, sink) {
+        return ended;
+    }
     loop {
         let event = match stream.message().await {
             Ok(Some(event)) => event,
@@ -107,7 +111,9 @@ async fn follow_containerd(cri: &Cri, sink: &mpsc::UnboundedSender<RuntimeEvent>
             return Ended::Broken;
         }
     };
-    announce(announced, Source::Containerd);
+    if let Err(ended) = announce(announced, Source::Containerd, sink) {
+        return ended;
+    }
     loop {
         match stream.message().await {
             Ok(Some(envelope)) => {

@@ -289,16 +289,22 @@ async fn pull_secrets(host: &Host, pod: &Pod) -> Vec<Arc<Secret>> {
 
 async fn start_all(host: &Host, record: &Record, pod: &Pod, view: &PodView, actions: &Plan, place: &Place<'_>) {
     let ephemeral = ephemeral_containers(pod);
-    for container in actions.start_ephemeral.iter().filter_map(|index| ephemeral.get(*index)) {
-        start_one(host, record, pod, container, view, place).await;
-    }
-    for container in actions.start_init.iter().filter_map(|index| init_containers(pod).get(*index)) {
-        if !start_one(host, record, pod, container, view, place).await && !is_sidecar(container) {
+    let pick = |indexes: &[usize], from: &[Container]| -> Vec<Container> {
+        indexes.iter().filter_map(|index| from.get(*index)).cloned().collect()
+    };
+    let init = pick(&actions.start_init, init_containers(pod));
+    let gates: Vec<String> = init.iter().filter(|container| !is_sidecar(container)).map(|container| container.name.clone()).collect();
+    let queue = [pick(&actions.start_ephemeral, &ephemeral), init, pick(&actions.start_main, containers(pod))].concat();
+    for (index, container) in queue.iter().enumerate() {
+        // How the one before fared is shown already while this one's image is pulled.
+        if index > 0
+            && let Err(error) = look(host, record, false).await
+        {
+            debug!(pod = %full_name(pod), %error, "couldn't read the pod between two starts");
+        }
+        if !start_one(host, record, pod, container, view, place).await && gates.contains(&container.name) {
             return;
         }
-    }
-    for container in actions.start_main.iter().filter_map(|index| containers(pod).get(*index)) {
-        start_one(host, record, pod, container, view, place).await;
     }
 }
 
