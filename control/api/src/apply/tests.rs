@@ -188,3 +188,22 @@ fn old_updaters_are_put_together_and_times_alone_change_nothing() {
     managers::keep_times(&mut later, &object);
     assert_eq!(later, object);
 }
+
+#[test]
+fn an_overlay_merges_by_key_and_refuses_atomics() {
+    let deployments = crate::builtin::by_kind("apps", "v1", "Deployment").expect("built in");
+    let live = deployment(json!({}));
+    let mut config = json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"annotations": {"by": "policy"}}});
+    let merged = super::overlay(deployments, &live, &config).expect("merges");
+    assert_eq!(merged["metadata"]["annotations"], json!({"by": "policy"}));
+    assert_eq!(merged["spec"], live["spec"]);
+    config["spec"] = json!({"template": {"spec": {"containers": [{"name": "side", "image": "i", "args": ["x"]}]}}});
+    let refused = super::overlay(deployments, &live, &config).unwrap_err();
+    assert_eq!(
+        refused,
+        "invalid ApplyConfiguration: may not mutate atomic arrays, maps or structs: .spec.template.spec.containers[0].args"
+    );
+    config["spec"]["template"]["spec"]["containers"][0]["args"].take();
+    let sidecar = super::overlay(deployments, &live, &config).map(|merged| merged["spec"]["template"]["spec"]["containers"].clone());
+    assert!(sidecar.is_ok_and(|containers| containers.as_array().is_some_and(|list| list.iter().any(|c| c["name"] == "side"))));
+}

@@ -320,3 +320,77 @@ fn actions(actions: &Place<'_>, found: &mut Findings) {
         found.push(actions.invalid(why));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn found(of: &str, spec: Value) -> Vec<String> {
+        let object = json!({"spec": spec});
+        let mut found = Findings::new();
+        kind(of, &Place::root(&object), &mut found);
+        found.iter().map(FieldError::to_string).collect()
+    }
+
+    fn constraints() -> Value {
+        json!({"resourceRules": [{"operations": ["CREATE"], "apiGroups": ["apps"], "apiVersions": ["v1"], "resources": ["deployments"]}]})
+    }
+
+    #[test]
+    fn expressions_are_compiled() {
+        let policy = |validations: Value| json!({"matchConstraints": constraints(), "variables": [{"name": "n", "expression": "object.spec.n"}], "validations": validations});
+        assert_eq!(
+            found(
+                "ValidatingAdmissionPolicy",
+                policy(json!([{"expression": "variables.n > 1", "messageExpression": "'got ' + variables.n"}]))
+            ),
+            [""; 0]
+        );
+        for (validation, expected) in [
+            (json!({"expression": "1"}), "spec.validations[0].expression: Invalid value: \"1\": must evaluate to bool but got int"),
+            (json!({"expression": ""}), "spec.validations[0].expression: Required value: expression is not specified"),
+            (json!({"expression": "params.x == 1"}), "undeclared reference to 'params'"),
+            (json!({"expression": "true", "message": "a\nb"}), "must not contain line breaks"),
+        ] {
+            let errors = found("ValidatingAdmissionPolicy", policy(json!([validation])));
+            assert!(errors.len() == 1 && errors[0].contains(expected), "{errors:?}");
+        }
+        assert_eq!(found("ValidatingAdmissionPolicy", policy(json!([]))).len(), 2);
+    }
+
+    #[test]
+    fn mutations_make_patches() {
+        let policy = |mutation: Value| json!({"matchConstraints": constraints(), "reinvocationPolicy": "Never", "mutations": [mutation]});
+        let apply = |expression: &str| policy(json!({"patchType": "ApplyConfiguration", "applyConfiguration": {"expression": expression}}));
+        let patch = |expression: &str| policy(json!({"patchType": "JSONPatch", "jsonPatch": {"expression": expression}}));
+        assert_eq!(found("MutatingAdmissionPolicy", apply("Object{metadata: Object.metadata{annotations: {'a': 'b'}}}")), [""; 0]);
+        assert_eq!(found("MutatingAdmissionPolicy", patch("[JSONPatch{op: 'add', path: '/a', value: 1}]")), [""; 0]);
+        assert!(found("MutatingAdmissionPolicy", patch("Object{}"))[0].contains("must evaluate to list(JSONPatch) but got Object"));
+        assert!(found("MutatingAdmissionPolicy", apply("Object{spec: Object.metadata{}}"))[0].contains("expected type of field 'spec'"));
+    }
+
+    #[test]
+    fn bindings_say_what_to_do() {
+        let errors = found(
+            "ValidatingAdmissionPolicyBinding",
+            json!({"policyName": "p", "validationActions": ["Deny", "Warn"], "paramRef": {"name": "a", "selector": {}}}),
+        );
+        assert_eq!(errors.len(), 4, "{errors:?}");
+        let good = json!({"policyName": "p", "validationActions": ["Deny"], "paramRef": {"name": "a", "parameterNotFoundAction": "Deny"}});
+        assert_eq!(found("ValidatingAdmissionPolicyBinding", good), [""; 0]);
+    }
+
+    #[test]
+    fn match_conditions_of_webhooks_must_compile() {
+        let hook = |expression: &str| {
+            let object = json!({"webhooks": [{"name": "a.b.c", "sideEffects": "None", "admissionReviewVersions": ["v1"],
+                "clientConfig": {"url": "https://x"}, "matchConditions": [{"name": "n", "expression": expression}]}]});
+            let mut found = Findings::new();
+            webhooks(&Place::root(&object), &mut found);
+            found.iter().map(FieldError::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(hook("object.metadata.name != 'skip-me'"), [""; 0]);
+        assert!(hook("... [] bad expression")[0].starts_with("webhooks[0].matchConditions[0].expression: Invalid value: \"... [] bad"));
+    }
+}
