@@ -39,18 +39,34 @@ impl Selectors {
         self.labels.matches_everything() && self.fields.matches_everything()
     }
 
-    /// Matches by the values indexed when the object was written; custom resources' own fields are read from the body.
-    pub fn matches(&self, resource: &Resource, entry: &Entry) -> bool {
-        if !self.labels.matches_everything() && !self.labels.matches(&entry.labels) {
-            return false;
+    /// Whether each of the entries matches.
+    pub async fn matching(&self, engine: &Engine, resource: &Resource, entries: &[Arc<Entry>]) -> Result<Vec<bool>, Status> {
+        if !self.reads_bodies(resource) {
+            return Ok(entries.iter().map(|entry| self.matches_index(entry)).collect());
         }
-        if self.fields.matches_everything() {
-            return true;
+        let objects = versions::objects(engine, resource, entries.iter().map(|entry| &**entry)).await?;
+        let found = entries.iter().zip(&objects);
+        Ok(found.map(|(entry, object)| self.labels.matches(&entry.labels) && self.fields.matches(resource, object)).collect())
+    }
+
+    /// The same of one.
+    pub async fn matches(&self, engine: &Engine, resource: &Resource, entry: &Entry) -> Result<bool, Status> {
+        if !self.reads_bodies(resource) {
+            return Ok(self.matches_index(entry));
         }
-        if resource.custom.is_some() && self.fields.terms.iter().any(|term| !term.path.starts_with("metadata.")) {
-            return self.fields.matches(resource, &entry.object());
-        }
-        self.fields.terms.iter().all(|term| (entry.field(&term.path).unwrap_or_default() == term.value) == term.equal)
+        let object = versions::object(engine, resource, entry).await?;
+        Ok(self.labels.matches(&entry.labels) && self.fields.matches(resource, &object))
+    }
+
+    /// Custom resources' own fields are not indexed, and are those of the version asked for.
+    fn reads_bodies(&self, resource: &Resource) -> bool {
+        resource.custom.is_some() && self.fields.terms.iter().any(|term| !term.path.starts_with("metadata."))
+    }
+
+    /// By the values indexed when the object was written.
+    fn matches_index(&self, entry: &Entry) -> bool {
+        (self.labels.matches_everything() || self.labels.matches(&entry.labels))
+            && self.fields.terms.iter().all(|term| (entry.field(&term.path).unwrap_or_default() == term.value) == term.equal)
     }
 }
 
@@ -200,7 +216,10 @@ pub async fn page(engine: &Engine, call: &Call) -> Result<Page, Status> {
         engine.fresh().await?;
     }
     let (candidates, revision) = candidates(engine, prefix, within, wanted, after.as_deref()).await?;
-    Ok(cut(&call.resource, &selectors, candidates, revision, limit))
+    let everything = selectors.everything();
+    let matching = if everything { Vec::new() } else { selectors.matching(engine, &call.resource, &candidates).await? };
+    let matches = |place: usize| matching.get(place).copied().unwrap_or(everything);
+    Ok(cut(candidates, matches, everything, revision, limit))
 }
 
 /// The objects from which a page is cut, at the wanted revision: from the cache if it still shows that moment, else from history.
@@ -239,14 +258,13 @@ async fn candidates(
     Ok((old.collect(), wanted))
 }
 
-fn cut(resource: &Resource, selectors: &Selectors, candidates: Vec<Arc<Entry>>, revision: u64, limit: usize) -> Page {
-    let everything = selectors.everything();
+fn cut(candidates: Vec<Arc<Entry>>, matches: impl Fn(usize) -> bool, everything: bool, revision: u64, limit: usize) -> Page {
     let total = candidates.len();
     let mut entries = Vec::new();
     let mut next = None;
     let mut remaining = None;
-    for entry in candidates {
-        if !everything && !selectors.matches(resource, &entry) {
+    for (place, entry) in candidates.into_iter().enumerate() {
+        if !matches(place) {
             continue;
         }
         if entries.len() == limit {

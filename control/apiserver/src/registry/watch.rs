@@ -178,10 +178,13 @@ impl Watcher {
         let reached = self.engine.hub.revision();
         let snapshot = self.cache.range(&self.within, None);
         self.cursor = reached.max(snapshot.last_change);
-        for entry in snapshot.entries {
-            if self.selectors.matches(&self.resource, &entry) {
-                self.event("ADDED", &entry, None).await;
+        match self.selectors.matching(&self.engine, &self.resource, &snapshot.entries).await {
+            Ok(matching) => {
+                for (entry, _) in snapshot.entries.iter().zip(matching).filter(|(_, matches)| *matches) {
+                    self.event("ADDED", entry, None).await;
+                }
             }
+            Err(status) => self.fail(&status),
         }
         if announce_end {
             self.bookmark(Some(self.cursor));
@@ -214,9 +217,12 @@ impl Watcher {
         if !change.object.key.starts_with(self.within.as_str()) {
             return;
         }
-        let matches = |entry: &Arc<Entry>| self.selectors.matches(&self.resource, entry);
-        let before = change.previous.as_ref().is_some_and(matches);
-        let after = change.kind != ChangeKind::Deleted && matches(&change.object);
+        let after = change.kind != ChangeKind::Deleted;
+        let (before, after) = match tokio::try_join!(self.selects(change.previous.as_ref()), self.selects(after.then_some(&change.object)))
+        {
+            Ok(found) => found,
+            Err(status) => return self.fail(&status),
+        };
         match (before, after) {
             (false, true) => self.event("ADDED", &change.object, None).await,
             (true, true) => self.event("MODIFIED", &change.object, None).await,
@@ -231,18 +237,26 @@ impl Watcher {
         }
     }
 
+    async fn selects(&self, entry: Option<&Arc<Entry>>) -> Result<bool, Status> {
+        match entry {
+            Some(entry) => self.selectors.matches(&self.engine, &self.resource, entry).await,
+            None => Ok(false),
+        }
+    }
+
+    /// A watch that can't tell a change is over.
+    fn fail(&mut self, status: &Status) {
+        self.frame("ERROR", &encode(&status.to_value()));
+        self.end = Instant::now();
+    }
+
     async fn event(&mut self, kind: &str, entry: &Entry, revision: Option<u64>) {
         if self.form == Form::Plain && revision.is_none() && versions::is_stored_so(&self.resource, entry) {
             return self.frame(kind, &entry.body.clone());
         }
         let mut object = match versions::object(&self.engine, &self.resource, entry).await {
             Ok(object) => object,
-            Err(status) => {
-                // A watch that can't tell a change is over.
-                self.frame("ERROR", &encode(&status.to_value()));
-                self.end = Instant::now();
-                return;
-            }
+            Err(status) => return self.fail(&status),
         };
         if let Some(revision) = revision {
             outrigger_api::meta::set_resource_version(&mut object, &revision.to_string());
