@@ -6,6 +6,15 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+/// Prints a line; when nobody reads any more (`| head`), enough was said.
+macro_rules! say {
+    ($($words:tt)*) => {
+        if writeln!(std::io::stdout(), $($words)*).is_err() {
+            std::process::exit(0)
+        }
+    };
+}
+
 /// Which agent to ask, and how to show the answer.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Socket {
@@ -96,7 +105,7 @@ impl Socket {
     }
 
     fn show(&self, answer: &Value, text: impl FnOnce(&Value)) {
-        if self.json { println!("{answer:#}") } else { text(answer) }
+        if self.json { say!("{answer:#}") } else { text(answer) }
     }
 }
 
@@ -120,10 +129,10 @@ pub fn status(socket: &Socket) -> Result<()> {
     let parts = answer["parts"].as_object().cloned().unwrap_or_default();
     socket.show(&answer, |answer| {
         for (name, part) in &parts {
-            println!("{name:<8} {}", part["message"].as_str().unwrap_or("healthy"));
+            say!("{name:<8} {}", part["message"].as_str().unwrap_or("healthy"));
         }
         if !answer["proxy"].is_null() {
-            println!("Services by {} ({})", text(&answer["proxy"], "mode"), text(&answer["proxy"], "reason"));
+            say!("Services by {} ({})", text(&answer["proxy"], "mode"), text(&answer["proxy"], "reason"));
         }
     });
     ensure!(parts.values().all(|part| part["healthy"] == true), "not every part is healthy");
@@ -134,7 +143,7 @@ pub fn status(socket: &Socket) -> Result<()> {
 pub fn mode(options: &Mode) -> Result<()> {
     let answer = options.socket.ask("POST", &format!("/mode?to={}", escaped(&options.to)))?;
     let answer: Value = serde_json::from_reader(answer).context("read the agent's answer")?;
-    options.socket.show(&answer, |answer| println!("Services by {} ({})", text(answer, "mode"), text(answer, "reason")));
+    options.socket.show(&answer, |answer| say!("Services by {} ({})", text(answer, "mode"), text(answer, "reason")));
     Ok(())
 }
 
@@ -149,9 +158,9 @@ pub fn services(options: &Services) -> Result<()> {
             } else {
                 format!("  {} connections, {} refused", counted["connections"], counted["refused"])
             };
-            println!("{}{colon}{}{counts}", text(port, "service"), text(port, "port"));
+            say!("{}{colon}{}{counts}", text(port, "service"), text(port, "port"));
             for frontend in list(&port["frontends"]) {
-                println!("  {:<12} {} -> {}", text(frontend, "kind"), text(frontend, "frontend"), backends(frontend));
+                say!("  {:<12} {} -> {}", text(frontend, "kind"), text(frontend, "frontend"), backends(frontend));
             }
         }
     });
@@ -176,17 +185,17 @@ pub fn trace(options: &Trace) -> Result<()> {
     options.socket.show(&answer, |answer| {
         let join = |all: &Value| list(all).iter().filter_map(Value::as_str).collect::<Vec<_>>().join(" ");
         let (flow, meant, kernel) = (&answer["flow"], &answer["meant"], &answer["kernel"]);
-        println!("{} {} -> {}", text(flow, "protocol"), text(flow, "source"), text(flow, "destination"));
+        say!("{} {} -> {}", text(flow, "protocol"), text(flow, "source"), text(flow, "destination"));
         let masquerade = if meant["masquerade"] == true { ", masqueraded" } else { "" };
-        println!("meant:  {} {}{masquerade}", text(meant, "verdict"), join(&meant["backends"]));
-        list(&meant["reasons"]).iter().filter_map(Value::as_str).for_each(|reason| println!("        {reason}"));
+        say!("meant:  {} {}{masquerade}", text(meant, "verdict"), join(&meant["backends"]));
+        list(&meant["reasons"]).iter().filter_map(Value::as_str).for_each(|reason| say!("        {reason}"));
         let found = match (kernel["error"].as_str(), kernel["known"].as_bool()) {
             (Some(error), _) => format!("can't be read: {error}"),
             (None, Some(true)) if list(&kernel["backends"]).is_empty() => "no backend".into(),
             (None, Some(true)) => format!("to {}", join(&kernel["backends"])),
             _ => "knows nothing of it".into(),
         };
-        println!("kernel: {found} (by {})", text(kernel, "mode"));
+        say!("kernel: {found} (by {})", text(kernel, "mode"));
     });
     ensure!(answer["agree"] == true, "what is meant and what the kernel does differ");
     Ok(())
@@ -200,10 +209,10 @@ pub fn monitor(options: &Monitor) -> Result<()> {
             continue;
         }
         match text(&event, "event") {
-            _ if options.socket.json => println!("{line}"),
-            "count" => println!("{:<6} {} x{} {}", "", text(&event, "service"), event["connections"], text(&event, "verdict")),
-            "error" => println!("error  {}", text(&event, "message")),
-            what => println!(
+            _ if options.socket.json => say!("{line}"),
+            "count" => say!("{:<6} {} x{} {}", "", text(&event, "service"), event["connections"], text(&event, "verdict")),
+            "error" => say!("error  {}", text(&event, "message")),
+            what => say!(
                 "{what:<6} {} {} {} -> {} -> {}",
                 text(&event, "protocol"),
                 text(&event, "service"),
