@@ -62,7 +62,12 @@ pub fn sweep(table: &Table, delta: &Delta) -> io::Result<usize> {
     };
     let connection = Connection::open(NETLINK_NETFILTER)?;
     let mut ended = 0;
-    for family in Family::ALL {
+    // A dump goes through the kernel's whole table.
+    let touched = |family: &Family| match &scope {
+        Scope::All => true,
+        Scope::Only(frontends) => frontends.iter().any(|frontend| frontend.address.family() == *family),
+    };
+    for family in Family::ALL.into_iter().filter(touched) {
         for tracked in dump(&connection, family)? {
             if is_stale(table, &scope, &tracked) {
                 ended += usize::from(delete(&connection, family, &tracked)?);

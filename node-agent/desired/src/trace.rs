@@ -63,7 +63,8 @@ pub fn trace(table: &Table, around: &Surroundings, flow: &Flow) -> Trace {
     let from_pod = around.cluster_cidrs.iter().any(|net| net.contains(&flow.source));
     let finish = |verdict, reasons| Trace { service: Some(entry.service.clone()), verdict, reasons };
 
-    if !entry.source_ranges.is_empty() && !entry.source_ranges.iter().any(|net| net.contains(&flow.source)) && !from_node {
+    let admitted = entry.admits(flow.source) || (from_node && entry.admits_node(&around.node_ips));
+    if !admitted {
         reasons.push(format!("{} is outside loadBalancerSourceRanges", flow.source));
         return finish(Verdict::Dropped, reasons);
     }

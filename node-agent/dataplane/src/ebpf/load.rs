@@ -20,7 +20,7 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    pub const INITIAL: Self = Self { frontends: 1 << 12, slots: 1 << 13, services: 1 << 11 };
+    pub const INITIAL: Self = Self { frontends: 1 << 14, slots: 1 << 16, services: 1 << 14 };
 
     pub fn hold(&self, needed: &Self) -> bool {
         self.frontends >= needed.frontends && self.slots >= needed.slots && self.services >= needed.services

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 
 use nix::sched::{CloneFlags, unshare};
-use outrigger_dataplane::{Applied, Backend, Config, ModeChoice, Parting};
+use outrigger_dataplane::{Applied, Backend, Config, Mode, ModeChoice, Parting};
 use outrigger_desired::{Change, Delta, State, Table, Touched, Watched};
 use serde_json::{Value, json};
 
@@ -65,10 +65,14 @@ impl Lab {
 
     /// An agent that has just started.
     pub fn agent(&self) -> Agent {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let mut backend = outrigger_dataplane::ebpf::open(&self.config).unwrap_or_else(|error| panic!("{error}"));
+        self.agent_in(Mode::Ebpf)
+    }
+
+    pub fn agent_in(&self, mode: Mode) -> Agent {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let mut backend = outrigger_dataplane::probe::open(&self.config, mode).unwrap_or_else(|error| panic!("{error}"));
         let found = runtime.block_on(backend.restore()).unwrap().frontends;
-        Agent { runtime, backend, found, state: State::new("node"), table: Table::default(), full: true }
+        Agent { runtime, backend, found, state: State::new("node"), table: Table::default(), touched: Touched::default(), full: true }
     }
 }
 
@@ -108,26 +112,31 @@ pub struct Agent {
     pub found: usize,
     state: State,
     table: Table,
+    touched: Touched,
     full: bool,
 }
 
 impl Agent {
     /// The agent learns of `objects` in one go.
     pub fn apply(&mut self, objects: &[Value]) -> Applied {
-        let mut touched = Touched::default();
+        self.learn(objects);
+        let mut delta = self.table.update(&self.state, &std::mem::take(&mut self.touched));
+        if std::mem::take(&mut self.full) {
+            delta = Delta { gone: delta.gone, ..Delta::full(&self.table) };
+        }
+        self.runtime.block_on(self.backend.apply(&self.table, &delta)).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// Without doing anything yet.
+    pub fn learn(&mut self, objects: &[Value]) {
         for object in objects {
             let change = match object["kind"].as_str().unwrap() {
                 "Service" => Change::Service(watched(object)),
                 "EndpointSlice" => Change::EndpointSlice(watched(object)),
                 kind => panic!("{kind}"),
             };
-            touched.merge(self.state.apply(&change));
+            self.touched.merge(self.state.apply(&change));
         }
-        let mut delta = self.table.update(&self.state, &touched);
-        if std::mem::take(&mut self.full) {
-            delta = Delta { gone: delta.gone, ..Delta::full(&self.table) };
-        }
-        self.runtime.block_on(self.backend.apply(&self.table, &delta)).unwrap_or_else(|error| panic!("{error}"))
     }
 
     pub fn part(&mut self, parting: Parting) {

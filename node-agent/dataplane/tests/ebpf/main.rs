@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed precondition is a failed test")]
 mod lab;
 mod outside;
+mod scale;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -300,7 +301,7 @@ fn restarts_upgrades_and_growth_fail_no_connect() {
                 agent.apply(&objects());
             }
             // More Services than the first maps have room for.
-            let many: Vec<_> = (0..5000)
+            let many: Vec<_> = (0..20_000)
                 .flat_map(|n| {
                     let name = format!("s{n}");
                     let ip = format!("10.97.{}.{}", n / 250, n % 250 + 1);
@@ -308,17 +309,17 @@ fn restarts_upgrades_and_growth_fail_no_connect() {
                 })
                 .collect();
             let start = Instant::now();
-            assert_eq!(agent.apply(&many).upserted, 5000);
-            println!("5000 Services in {:?}", start.elapsed());
+            assert_eq!(agent.apply(&many).upserted, 20_000);
+            println!("20,000 Services in {:?}", start.elapsed());
             stop.store(true, std::sync::atomic::Ordering::Relaxed);
             assert!(load.join().unwrap() > 100);
         });
-        assert_eq!(ask("10.97.19.250:80").unwrap().split_once(':').unwrap().1, "8080");
+        assert_eq!(ask("10.97.79.250:80").unwrap().split_once(':').unwrap().1, "8080");
         let start = Instant::now();
         agent.apply(&[slice("s77", "8080/TCP", &["10.0.0.2"])]);
-        println!("one endpoint of 5000 Services in {:?}", start.elapsed());
+        println!("one endpoint of 20,000 Services in {:?}", start.elapsed());
         drop(agent);
-        assert_eq!(lab.agent().found, 5001, "the larger maps are adopted");
+        assert_eq!(lab.agent().found, 20_001, "the larger maps are adopted");
     });
 }
 
