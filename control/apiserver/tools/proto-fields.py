@@ -25,7 +25,11 @@ for line in open(types_path):
         current[words[0]] = "o" in words[2:]
 
 
-def json_name(message, name):
+def json_name(message, name, known):
+    # A few Go fields gave their protobuf names another case than their JSON names.
+    same = [field for field in known or () if field.lower() == name.lower()]
+    if same and name not in known:
+        return same[0]
     if message != "JSONSchemaProps":
         return name
     if name in ("ref", "schema"):
@@ -58,7 +62,7 @@ for path in sorted(files):
                 shape = short if not target or target == package else f"{place(target)}.{short}"
             prefix = "{}" if map_value else "[]" if label == "repeated" else ""
             known = facts.get((place(package), message))
-            name = json_name(message, name)
+            name = json_name(message, name, known)
             flags = ""
             if known is not None and name in known and known[name]:
                 flags += " o"

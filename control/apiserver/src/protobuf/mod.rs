@@ -123,6 +123,24 @@ mod tests {
     }
 
     #[test]
+    fn fields_whose_protobuf_names_are_written_otherwise_are_found() {
+        for object in [
+            json!({"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration", "metadata": {"name": "w"},
+                "webhooks": [{"name": "a.b.c", "clientConfig": {"url": "https://x"}, "admissionReviewVersions": ["v1"]}]}),
+            json!({"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingAdmissionPolicy", "metadata": {"name": "p"},
+                "spec": {"validations": [{"expression": "true"}], "variables": [{"name": "v", "expression": "1"}]}}),
+            json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "metadata": {"name": "t"},
+                "spec": {"audiences": [], "boundObjectRef": {"kind": "Pod", "apiVersion": "v1", "name": "p", "uid": "u"}}}),
+            json!({"apiVersion": "networking.k8s.io/v1", "kind": "IngressClass", "metadata": {"name": "i"},
+                "spec": {"controller": "c", "parameters": {"apiGroup": "g", "kind": "K", "name": "n"}}}),
+        ] {
+            let back = decode(&encode(&object).unwrap()).unwrap();
+            let kept = |path: &str| assert_eq!(back.pointer(path), object.pointer(path), "{path} of {}", object["kind"]);
+            ["/webhooks", "/spec/validations", "/spec/variables", "/spec/boundObjectRef", "/spec/parameters"].into_iter().for_each(kept);
+        }
+    }
+
+    #[test]
     fn foreign_bytes_are_refused() {
         assert_eq!(decode(b"{}"), Err(ProtobufError::NoEnvelope));
         assert!(decode(b"k8s\0\xff\xff").is_err());
