@@ -2,6 +2,7 @@
 
 pub mod forward;
 pub mod pod;
+mod websocket;
 
 use std::sync::Arc;
 

@@ -9,6 +9,7 @@ use crate::body::{self, Request, Response};
 use crate::call::Call;
 use crate::engine::Engine;
 use crate::proxy::forward::{forward, kubelet};
+use crate::proxy::websocket;
 use crate::reply::{self, Reply};
 use crate::request::encode;
 
@@ -54,7 +55,7 @@ fn container<'a>(pod: &'a Value, asked: &'a str) -> Result<&'a str, Status> {
     Err(Status::bad_request(why))
 }
 
-pub async fn log(engine: &Engine, call: &Call, request: Request) -> Result<Reply, Status> {
+pub async fn log(engine: &Engine, call: &Call, mut request: Request) -> Result<Reply, Status> {
     let pod = pod_of(engine, call).await?;
     check_log_options(call)?;
     let container = container(&pod, call.query.text("container"))?;
@@ -75,8 +76,15 @@ pub async fn log(engine: &Engine, call: &Call, request: Request) -> Result<Reply
     }
     let path = format!("/containerLogs/{}/{}/{container}?{}", call.namespace(), meta::name(&pod), options.join("&"));
     let target = kubelet(engine, node)?;
+    let handshake = websocket::take(&mut request)?;
     let answer = forward(request, &target, &path).await?;
-    if answer.status().is_success() { Ok(Reply::Whole(answer)) } else { Err(kubelet_error(answer, meta::name(&pod)).await) }
+    if !answer.status().is_success() {
+        return Err(kubelet_error(answer, meta::name(&pod)).await);
+    }
+    Ok(Reply::Whole(match handshake {
+        Some(handshake) => handshake.stream(answer.into_body()),
+        None => answer,
+    }))
 }
 
 /// The kubelet answers failures in plain text; clients of the API expect a Status.
