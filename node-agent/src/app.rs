@@ -26,6 +26,7 @@ use crate::roles::{Health, Role, Roles};
 /// Where the chosen proxy mode is told, for users and tests.
 const MODE_ANNOTATION: &str = "outrigger.dev/proxy-mode";
 const REASON_ANNOTATION: &str = "outrigger.dev/proxy-mode-reason";
+const RETRY: Duration = Duration::from_millis(500);
 
 pub async fn run(options: Run) -> Result<()> {
     options.check()?;
@@ -179,26 +180,26 @@ fn kubelet(options: &Run, node_name: &str) -> outrigger_kubelet::Config {
 
 /// Writes the proxy mode and its reason to the Node, again whenever it changes.
 async fn tell_mode(proxy: ProxyHandle, writer: Writer) {
-    let mut told = None;
-    let mut pause = Duration::from_millis(200);
+    let mut choices = proxy.choices();
     loop {
-        let choice = proxy.choice();
-        if told.as_ref() != Some(&choice) {
-            let annotations = serde_json::json!({MODE_ANNOTATION: choice.mode.to_string(), REASON_ANNOTATION: choice.reason});
-            match writer.patch_node(&serde_json::json!({"metadata": {"annotations": annotations}})).await {
-                Ok(_) => told = Some(choice),
-                // The kubelet registers the Node in its own time.
-                Err(error) if error.code() == Some(404) => {}
-                // kube-proxy's role lets it read Nodes only.
-                Err(error) if error.code() == Some(403) => {
-                    info!("the proxy mode is not written to the Node: these credentials may not");
+        let choice = choices.borrow_and_update().clone();
+        let annotations = serde_json::json!({MODE_ANNOTATION: choice.mode.to_string(), REASON_ANNOTATION: choice.reason});
+        match writer.patch_node(&serde_json::json!({"metadata": {"annotations": annotations}})).await {
+            Ok(_) => {
+                if choices.changed().await.is_err() {
                     return;
                 }
-                Err(error) => warn!(%error, "the proxy mode is not on the Node yet"),
+                continue;
             }
-        } else {
-            pause = Duration::from_secs(5);
+            // The kubelet registers the Node in its own time.
+            Err(error) if error.code() == Some(404) => {}
+            // kube-proxy's role lets it read Nodes only.
+            Err(error) if error.code() == Some(403) => {
+                info!("the proxy mode is not written to the Node: these credentials may not");
+                return;
+            }
+            Err(error) => warn!(%error, "the proxy mode is not on the Node yet"),
         }
-        tokio::time::sleep(pause).await;
+        tokio::time::sleep(RETRY).await;
     }
 }

@@ -343,6 +343,11 @@ impl ProxyHandle {
         self.choice.borrow().clone()
     }
 
+    /// The choice as it changes.
+    pub fn choices(&self) -> watch::Receiver<Choice> {
+        self.choice.clone()
+    }
+
     pub fn mode(&self) -> Mode {
         self.choice.borrow().mode
     }
