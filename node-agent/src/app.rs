@@ -174,6 +174,8 @@ fn kubelet(options: &Run, node_name: &str) -> outrigger_kubelet::Config {
         static_pod_path: options.pod_manifest_path.clone(),
         port: options.port,
         max_pods: options.max_pods,
+        eviction_hard: options.eviction_hard.clone().unwrap_or_default(),
+        image_gc_high_percent: options.image_gc_high_threshold,
         ..outrigger_kubelet::Config::new(node_name, first, &options.data_dir, &options.container_runtime_endpoint)
     }
 }

@@ -71,6 +71,12 @@ pub struct Run {
     pub resolv_conf: PathBuf,
     #[arg(long, default_value_t = 110)]
     pub max_pods: u32,
+    /// What the node must have left, else it evicts pods, such as `memory.available<100Mi,nodefs.available<10%`
+    #[arg(long)]
+    pub eviction_hard: Option<outrigger_kubelet::eviction::Thresholds>,
+    /// Percent of the image file system in use above which unused images are removed; 100 for never
+    #[arg(long, default_value_t = 85, value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub image_gc_high_threshold: u8,
     #[command(flatten)]
     pub proxy: ProxyFlags,
 }

@@ -129,6 +129,9 @@ impl Cluster {
             ("--cluster-cidr", CLUSTER_CIDR.into()),
             ("--proxy-mode", self.proxy_mode.clone()),
             ("--pod-manifest-path", path("manifests")),
+            // The disk is the machine's, not the lab's: how full it is says nothing about the nodes.
+            ("--eviction-hard", "memory.available<100Mi".into()),
+            ("--image-gc-high-threshold", "100".into()),
         ] {
             command.extend([flag.to_owned(), value]);
         }

@@ -276,6 +276,16 @@ impl Cgroups {
         self.memory_file(pod, "memory.max", "memory.limit_in_bytes")
     }
 
+    /// How many processes and threads the pod has.
+    pub fn processes(&self, pod: &Pod) -> Option<i64> {
+        let path = self.pod_path(qos(pod), uid_of(pod));
+        let mount = match &self.layout {
+            Layout::Unified(mount) | Layout::Split { pids: Some(mount), .. } => mount,
+            Layout::Split { .. } => return None,
+        };
+        fs::read_to_string(mount.join(path).join("pids.current")).ok()?.trim().parse().ok()
+    }
+
     /// Bytes that the pod's processes use, caches included.
     pub fn memory_usage(&self, pod: &Pod) -> Option<i64> {
         self.memory_file(pod, "memory.current", "memory.usage_in_bytes")

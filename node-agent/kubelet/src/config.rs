@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Taint;
 
+use crate::eviction::Thresholds;
+
 /// The kubelet's settings; defaults are upstream's.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -40,9 +42,10 @@ pub struct Config {
     pub image_gc_high_percent: u8,
     pub image_gc_low_percent: u8,
     pub image_minimum_age: Duration,
-    /// The node reports memory pressure below so many available bytes, disk pressure below that percentage of free space.
-    pub memory_pressure_bytes: i64,
-    pub disk_pressure_percent: u8,
+    /// When the node is short of something: it says so, takes no more pods and evicts some.
+    pub eviction_hard: Thresholds,
+    /// How long the node says so after it was last short.
+    pub pressure_transition: Duration,
 }
 
 impl Config {
@@ -73,8 +76,8 @@ impl Config {
             image_gc_high_percent: 85,
             image_gc_low_percent: 80,
             image_minimum_age: Duration::from_secs(120),
-            memory_pressure_bytes: 100 << 20,
-            disk_pressure_percent: 10,
+            eviction_hard: Thresholds::default(),
+            pressure_transition: Duration::from_secs(300),
         }
     }
 

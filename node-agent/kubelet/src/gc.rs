@@ -106,17 +106,7 @@ fn names_in(dir: &Path) -> Vec<String> {
 async fn collect_images(host: &Host, unused_since: &mut HashMap<String, Instant>) {
     let Some(mount) = image_mount(host).await else { return };
     let used_percent = || disk_space(&mount).map_or(0, |(size, free)| 100 - free.saturating_mul(100) / size.max(1));
-    let (Ok(images), Ok(containers)) = (host.cri.list_images().await, host.cri.list_containers(v1::ContainerFilter::default()).await)
-    else {
-        return;
-    };
-    let sandbox_image = host.cri.sandbox_image().await;
-    let in_use = |image: &v1::Image| {
-        image.pinned
-            || sandbox_image.as_ref().is_some_and(|name| image.repo_tags.contains(name))
-            || containers.iter().any(|container| container.image_ref == image.id || image.repo_digests.contains(&container.image_ref))
-    };
-    let unused: Vec<&v1::Image> = images.iter().filter(|image| !in_use(image)).collect();
+    let Some(unused) = unused_images(host).await else { return };
     unused_since.retain(|id, _| unused.iter().any(|image| image.id == *id));
     for image in &unused {
         unused_since.entry(image.id.clone()).or_insert_with(Instant::now);
@@ -125,22 +115,50 @@ async fn collect_images(host: &Host, unused_since: &mut HashMap<String, Instant>
         return;
     }
     let mut oldest: Vec<(&v1::Image, Instant)> =
-        unused.into_iter().filter_map(|image| unused_since.get(&image.id).map(|since| (image, *since))).collect();
+        unused.iter().filter_map(|image| unused_since.get(&image.id).map(|since| (image, *since))).collect();
     oldest.retain(|(_, since)| since.elapsed() >= host.config.image_minimum_age);
     oldest.sort_by_key(|(_, since)| *since);
     for (image, _) in oldest {
         if used_percent() <= u64::from(host.config.image_gc_low_percent) {
             return;
         }
-        info!(image = image.repo_tags.first().unwrap_or(&image.id), "removing an unused image: the disk is full");
-        let spec = v1::ImageSpec { image: image.id.clone(), ..v1::ImageSpec::default() };
-        if let Err(error) = host.cri.remove_image(spec).await {
-            debug!(%error, "couldn't remove an image");
-        }
+        remove_image(host, image).await;
     }
 }
 
-async fn image_mount(host: &Host) -> Option<PathBuf> {
+/// The disk is nearly full: ended containers go, and every image that nobody uses.
+pub async fn free_disk(host: &Arc<Host>, registry: &Registry) {
+    if let Err(error) = collect(host, registry).await {
+        debug!(%error, "collecting failed");
+    }
+    for image in unused_images(host).await.iter().flatten() {
+        remove_image(host, image).await;
+    }
+}
+
+/// The images that no container uses, nor any sandbox.
+async fn unused_images(host: &Host) -> Option<Vec<v1::Image>> {
+    let (images, containers, sandbox) =
+        tokio::join!(host.cri.list_images(), host.cri.list_containers(v1::ContainerFilter::default()), host.cri.sandbox_image());
+    let (mut images, containers) = (images.ok()?, containers.ok()?);
+    images.retain(|image| {
+        let of_sandboxes = sandbox.as_ref().is_some_and(|name| image.repo_tags.contains(name));
+        let used = |container: &v1::Container| container.image_ref == image.id || image.repo_digests.contains(&container.image_ref);
+        !image.pinned && !of_sandboxes && !containers.iter().any(used)
+    });
+    Some(images)
+}
+
+async fn remove_image(host: &Host, image: &v1::Image) {
+    info!(image = image.repo_tags.first().unwrap_or(&image.id), "removing an unused image: the disk is full");
+    let spec = v1::ImageSpec { image: image.id.clone(), ..v1::ImageSpec::default() };
+    if let Err(error) = host.cri.remove_image(spec).await {
+        debug!(%error, "couldn't remove an image");
+    }
+}
+
+/// Where the runtime keeps its images.
+pub async fn image_mount(host: &Host) -> Option<PathBuf> {
     let info = host.cri.image_fs_info().await.ok()?;
     let mount = info.image_filesystems.first()?.fs_id.as_ref()?.mountpoint.clone();
     (!mount.is_empty()).then(|| mount.into())

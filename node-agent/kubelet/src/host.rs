@@ -8,6 +8,7 @@ use outrigger_cluster::{Lookup, Writer};
 use crate::cgroup::Cgroups;
 use crate::config::Config;
 use crate::cri::{Cri, v1};
+use crate::eviction::Pressure;
 use crate::images::Images;
 use crate::in_flight::InFlight;
 use crate::machine::Machine;
@@ -36,6 +37,7 @@ pub struct Host {
     pub machine: Machine,
     pub capacity: Resources,
     pub allocatable: Resources,
+    pub pressure: Pressure,
     pub started: Timestamp,
 }
 

@@ -15,6 +15,7 @@ mod cgroup;
 pub mod config;
 pub mod cri;
 mod downward;
+pub mod eviction;
 mod gc;
 mod host;
 mod images;
@@ -107,7 +108,10 @@ impl Kubelet {
         tasks.push(tokio::spawn(async move {
             // Nothing is taken away before it's known what has to stay.
             if sources.wait_for(|synced| *synced).await.is_ok() {
-                gc::run(collector_host, collector_registry).await;
+                tokio::join!(
+                    gc::run(collector_host.clone(), collector_registry.clone()),
+                    eviction::run(collector_host, collector_registry)
+                );
             }
         }));
         Ok(Self { host, registry, synced, tasks: Arc::new(tasks) })
@@ -237,6 +241,7 @@ async fn open(config: Config, watch: Watch, writer: Writer, lookup: Lookup) -> R
         probes: Arc::default(),
         runtime_name: version.runtime_name.clone(),
         runtime_version: format!("{}://{}", version.runtime_name, version.runtime_version),
+        pressure: eviction::Pressure::default(),
         started: Timestamp::now(),
         config,
         cri,

@@ -15,8 +15,9 @@ use serde_json::json;
 use tracing::{debug, info, warn};
 
 use crate::cri::v1;
+use crate::eviction::{DISK_PRESSURE, MEMORY_PRESSURE, PID_PRESSURE};
 use crate::host::Host;
-use crate::machine::{architecture, available_memory, disk_space};
+use crate::machine::architecture;
 
 const MAX_IMAGES: usize = 50;
 const MAX_IMAGE_NAMES: usize = 5;
@@ -104,11 +105,9 @@ struct Finding {
 }
 
 fn findings(host: &Host, problem: Option<String>) -> Vec<Finding> {
-    let memory_short = available_memory().is_some_and(|available| available < host.config.memory_pressure_bytes);
-    let disk_short = disk_space(&host.config.data_dir)
-        .is_some_and(|(size, free)| free.saturating_mul(100) < size.saturating_mul(u64::from(host.config.disk_pressure_percent)));
+    let pressure = host.pressure.conditions();
     let finding = |type_, status, reason, message: &str, event| Finding { type_, status, reason, message: message.into(), event };
-    let memory = if memory_short {
+    let memory = if pressure.contains(&MEMORY_PRESSURE) {
         finding(
             "MemoryPressure",
             true,
@@ -119,12 +118,16 @@ fn findings(host: &Host, problem: Option<String>) -> Vec<Finding> {
     } else {
         finding("MemoryPressure", false, "KubeletHasSufficientMemory", "kubelet has sufficient memory available", "NodeHasSufficientMemory")
     };
-    let disk = if disk_short {
+    let disk = if pressure.contains(&DISK_PRESSURE) {
         finding("DiskPressure", true, "KubeletHasDiskPressure", "kubelet has disk pressure", "NodeHasDiskPressure")
     } else {
         finding("DiskPressure", false, "KubeletHasNoDiskPressure", "kubelet has no disk pressure", "NodeHasNoDiskPressure")
     };
-    let pid = finding("PIDPressure", false, "KubeletHasSufficientPID", "kubelet has sufficient PID available", "NodeHasSufficientPID");
+    let pid = if pressure.contains(&PID_PRESSURE) {
+        finding("PIDPressure", true, "KubeletHasInsufficientPID", "kubelet has insufficient PID available", "NodeHasInsufficientPID")
+    } else {
+        finding("PIDPressure", false, "KubeletHasSufficientPID", "kubelet has sufficient PID available", "NodeHasSufficientPID")
+    };
     let ready = match problem {
         None => finding("Ready", true, "KubeletReady", "kubelet is posting ready status", "NodeReady"),
         Some(message) => Finding { type_: "Ready", status: false, reason: "KubeletNotReady", message, event: "NodeNotReady" },

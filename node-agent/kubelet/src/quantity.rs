@@ -80,6 +80,25 @@ pub fn units(amount: i64) -> i128 {
     i128::from(amount) * NANO
 }
 
+/// A number of bytes as upstream prints it: in the largest binary unit that leaves nothing over.
+pub fn binary(amount: i64) -> String {
+    scaled(amount, 1024, &["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"])
+}
+
+/// A plain number, in the largest decimal unit that leaves nothing over.
+pub fn decimal(amount: i64) -> String {
+    scaled(amount, 1000, &["", "k", "M", "G", "T", "P", "E"])
+}
+
+fn scaled(mut amount: i64, step: i64, units: &[&str]) -> String {
+    let mut unit = 0;
+    while amount != 0 && amount % step == 0 && unit + 1 < units.len() {
+        amount /= step;
+        unit += 1;
+    }
+    format!("{amount}{}", units[unit])
+}
+
 fn saturate(value: i128) -> i64 {
     i64::try_from(value).unwrap_or(if value < 0 { i64::MIN } else { i64::MAX })
 }
@@ -116,6 +135,12 @@ mod tests {
         assert_eq!(value(&Quantity("1500m".into())), 2);
         assert_eq!(nano("Mi"), None);
         assert_eq!(nano("1Xi"), None);
+    }
+
+    #[test]
+    fn amounts_are_printed_in_the_largest_unit() {
+        assert_eq!((binary(100 << 20), binary(1025), binary(0)), ("100Mi".to_owned(), "1025".to_owned(), "0".to_owned()));
+        assert_eq!((decimal(5000), decimal(1024)), ("5k".to_owned(), "1024".to_owned()));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use outrigger_cluster::{Delta, Key};
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, info};
 
+use crate::eviction;
 use crate::host::Host;
 use crate::pod::meta::{full_name, is_mirror, is_terminal_phase, name_of, namespace_of, phase, uid_of};
 use crate::pod::record::{Record, Source};
@@ -247,7 +248,9 @@ impl Dispatcher {
         }
         let others = self.active(&record.uid);
         let node = self.host.watch.nodes.get(&Key::new("", &self.host.config.node_name));
-        if let Err(verdict) = admission::admit(pod, &others, &self.host.allocatable, node.as_deref()) {
+        let admitted = eviction::admit(pod, &self.host.pressure.conditions())
+            .and_then(|()| admission::admit(pod, &others, &self.host.allocatable, node.as_deref()));
+        if let Err(verdict) = admitted {
             info!(pod = %full_name(pod), reason = verdict.reason, message = verdict.message, "refused");
             self.host.writer.event(&crate::pod::meta::reference(pod), Kind::Warning, &verdict.reason, verdict.message.clone());
             record.fail(verdict);

@@ -45,11 +45,11 @@ pub fn admit(pod: &Pod, others: &[std::sync::Arc<Pod>], allocatable: &Resources,
 fn short(name: &str, reason: &str, wanted: i64, used: i64, capacity: i64) -> Verdict {
     let message =
         format!("Pod was rejected: Node didn't have enough resource: {name}, requested: {wanted}, used: {used}, capacity: {capacity}");
-    Verdict { reason: reason.into(), message }
+    Verdict { reason: reason.into(), message, ..Verdict::default() }
 }
 
 fn refused(reason: &str, message: &str) -> Verdict {
-    Verdict { reason: reason.into(), message: format!("Pod was rejected: {message}") }
+    Verdict { reason: reason.into(), message: format!("Pod was rejected: {message}"), ..Verdict::default() }
 }
 
 type HostPort = (String, String, i32);

@@ -7,6 +7,8 @@ use super::meta::{containers, host_network, init_containers, is_sidecar};
 use super::resize;
 use super::status::Inputs;
 
+const DISRUPTION: &str = "DisruptionTarget";
+
 /// Status, reason and message of one condition.
 struct Finding {
     status: bool,
@@ -41,7 +43,11 @@ pub fn generate(inputs: &Inputs<'_>, status: &PodStatus) -> Vec<PodCondition> {
         condition(inputs, "PodScheduled", Finding::is(true)),
     ]);
     // Set once when a pod is evicted; it stays.
-    conditions.extend(inputs.old.conditions.iter().flatten().filter(|condition| condition.type_ == "DisruptionTarget").cloned());
+    let told = inputs.old.conditions.iter().flatten().find(|condition| condition.type_ == DISRUPTION).cloned();
+    conditions.extend(told.or_else(|| {
+        let verdict = inputs.failed.filter(|verdict| verdict.disruption)?;
+        Some(condition(inputs, DISRUPTION, Finding { status: true, reason: "TerminationByKubelet", message: verdict.message.clone() }))
+    }));
     conditions
 }
 

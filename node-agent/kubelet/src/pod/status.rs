@@ -36,10 +36,14 @@ pub trait ProbeState {
 }
 
 /// An end that the node decided: rejected, evicted, past its deadline.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Verdict {
     pub reason: String,
     pub message: String,
+    /// Seconds for the containers to end, where the pod's own aren't granted.
+    pub grace: Option<i64>,
+    /// The pod is sacrificed for the node's sake: its condition says so.
+    pub disruption: bool,
 }
 
 pub struct Inputs<'a> {

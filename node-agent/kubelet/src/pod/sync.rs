@@ -158,7 +158,7 @@ fn past_deadline(host: &Host, record: &Record, pod: &Pod) -> bool {
         return false;
     }
     let message = "Pod was active on the node longer than the specified deadline";
-    record.fail(Verdict { reason: "DeadlineExceeded".into(), message: message.into() });
+    record.fail(Verdict { reason: "DeadlineExceeded".into(), message: message.into(), ..Verdict::default() });
     pod_event(host, pod, Kind::Normal, "DeadlineExceeded", message);
     true
 }

@@ -59,7 +59,8 @@ impl Worker {
             return Event::DeletionRequested { grace: sync::grace_of(&pod) };
         }
         if self.record.failed().is_some() || is_terminal_phase(phase(&pod)) {
-            return Event::Ended { grace: grace_period(&pod) };
+            let granted = self.record.failed().and_then(|verdict| verdict.grace);
+            return Event::Ended { grace: granted.unwrap_or_else(|| grace_period(&pod)) };
         }
         Event::Changed
     }

@@ -12,7 +12,7 @@ mod log_file;
 mod logs;
 mod metrics;
 mod route;
-mod stats;
+pub(crate) mod stats;
 mod summary;
 mod tls;
 

@@ -81,7 +81,7 @@ pub fn references(pod: &Pod) -> References {
 }
 
 /// Where a volume of that kind lives: `<pod>/volumes/kubernetes.io~<plugin>/<name>`.
-fn volume_dir(config: &Config, pod: &Pod, plugin: &str, name: &str) -> PathBuf {
+pub fn volume_dir(config: &Config, pod: &Pod, plugin: &str, name: &str) -> PathBuf {
     config.pod_dir(uid_of(pod)).join("volumes").join(format!("kubernetes.io~{plugin}")).join(name)
 }
 
