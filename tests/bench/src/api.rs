@@ -13,7 +13,7 @@ use kube::{Api, Client};
 use outrigger_scenarios::netns::Namespace;
 use serde_json::{Value, json};
 
-use crate::bed::{BACKENDS, NODE_IP, Running};
+use crate::bed::{BACKENDS, NODE_IP, Running, inside};
 use crate::load::{IPERF_PORT, LONG_PORT, SHORT_PORT};
 
 pub const SPACE: &str = "default";
@@ -37,7 +37,7 @@ impl Hub {
         // The server's certificate names an address that every bed reaches.
         namespace.ip("addr add 10.200.0.1/32 dev lo")?;
         let (control, data) = (binaries.join("outrigger-control"), directory.join("control"));
-        let mut command = namespace.command(&control, None)?;
+        let mut command = inside(&namespace, &control, None)?;
         command.arg("run").arg("--data-dir").arg(&data).args(["--bind-address", "0.0.0.0", "--secure-port", &PORT.to_string()]);
         command.args(["--advertise-address", "10.200.0.1", "--tls-san", "10.200.0.1", "--service-cluster-ip-range", "10.96.0.0/12"]);
         command.args(["--cluster-cidr", CLUSTER_CIDR]);

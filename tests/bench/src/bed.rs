@@ -94,9 +94,9 @@ impl Bed {
     }
 
     fn serve(&mut self) -> Result<()> {
-        let mut own = self.far.command(std::env::current_exe()?, None)?;
+        let mut own = inside(&self.far, std::env::current_exe()?, None)?;
         own.arg("serve");
-        let mut iperf = self.far.command("iperf3", None)?;
+        let mut iperf = inside(&self.far, "iperf3", None)?;
         iperf.args(["--server", "--port", &IPERF_PORT.to_string()]);
         for command in [&mut own, &mut iperf] {
             pin(command, SERVER_CORE);
@@ -126,12 +126,12 @@ impl Bed {
     pub fn plain(&self, place: Place, program: impl AsRef<Path>) -> Result<Command> {
         // Outside there is no cgroup of the node's, so nothing sees its sockets.
         let cgroup = (place != Place::Outside).then_some(&*self.cgroup);
-        self.namespace(place).command(program, cgroup)
+        inside(self.namespace(place), program, cgroup)
     }
 
     /// The agent's command: pinned to nothing, but where it carries the traffic itself it may not wait for others either.
     pub fn agent(&self, program: &Path, carries: bool) -> Result<Command> {
-        let mut command = self.node.command(program, Some(&self.cgroup))?;
+        let mut command = inside(&self.node, program, Some(&self.cgroup))?;
         if carries {
             prefer(&mut command);
         }
@@ -155,6 +155,15 @@ impl Drop for Bed {
         // It stays when somebody is still in it.
         let _ = std::fs::remove_dir(&self.cgroup);
     }
+}
+
+/// A command that will run in the namespace, and ends with this process however that ends.
+pub fn inside(namespace: &Namespace, program: impl AsRef<Path>, cgroup: Option<&Path>) -> Result<Command> {
+    let mut command = namespace.command(program, cgroup)?;
+    let follow = || Ok(nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?);
+    // SAFETY: only prctl(2) is called between fork and exec.
+    unsafe { command.pre_exec(follow) };
+    Ok(command)
 }
 
 pub fn cgroup2() -> Result<PathBuf> {
