@@ -258,7 +258,7 @@ fn speaks_as_kube_proxy(cluster: &Cluster, mode: &str) -> Result<()> {
 
 /// The kernel is the memory: what was established goes on while there is no agent and under the next one.
 fn outlives_its_agent(cluster: &mut Cluster, flags: &[&str]) -> Result<()> {
-    let open = Request::Open { id: "kept".into(), transport: Transport::Tcp, target: SERVICE.parse()?, connected: true };
+    let open = Request::Open { id: "kept".into(), transport: Transport::Tcp, target: SERVICE.parse()?, port: Some(0) };
     let first = cluster.world.ask(Place::PodA, &open)?;
     ensure!(matches!(&first, Reply::Answer { name, .. } if name == "r"), "{first:?}");
     cluster.agent = None;
