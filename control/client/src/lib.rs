@@ -5,6 +5,7 @@
 //! decoded object by object: repaired where that is possible, else kept by their metadata alone.
 use std::borrow::Cow;
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Resource;
@@ -12,6 +13,7 @@ use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use serde_json::value::RawValue;
+use tracing::warn;
 
 /// An object of a list or a watch.
 #[derive(Clone, Debug)]
@@ -34,6 +36,21 @@ impl<K> Decoded<K> {
             Self::Whole(object) => Ok(object),
             Self::Unreadable(unreadable) => Err(unreadable),
         }
+    }
+}
+
+impl<K: Resource<DynamicType: Default>> Decoded<K> {
+    /// The object; one that isn't what its kind demands is left out, with a word in the log, and hides nothing else.
+    pub fn readable(self) -> Option<K> {
+        let kind = K::kind(&K::DynamicType::default()).into_owned();
+        self.whole().inspect_err(|error| warn!(kind, %error, "can't read an object; it is left out")).ok()
+    }
+}
+
+impl<K: Clone> Decoded<K> {
+    /// The last state of an object that is gone: as the watch tells it, else as it was held.
+    pub fn last_state(self, held: impl FnOnce(&ObjectMeta) -> Option<Arc<K>>) -> Option<K> {
+        self.whole().map_or_else(|gone| held(&gone.metadata).map(|held| (*held).clone()), Some)
     }
 }
 

@@ -17,7 +17,7 @@ use k8s_openapi::api::rbac::v1::ClusterRole;
 use k8s_openapi::api::storage::v1::StorageClass;
 use kube::api::{ListParams, WatchEvent, WatchParams};
 use kube::{Api, Client, Resource};
-use outrigger_client::{Decoded, Unreadable};
+use outrigger_client::Decoded;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
@@ -188,7 +188,7 @@ async fn list<K: Object>(client: &Client, store: &Store<K>, filter: Filter) -> R
     loop {
         let request = requests.list(&params).map_err(kube::Error::BuildRequest)?;
         let page = client.request::<kube::api::ObjectList<Decoded<K>>>(request).await?;
-        objects.extend(page.items.into_iter().filter_map(readable));
+        objects.extend(page.items.into_iter().filter_map(Decoded::readable));
         match page.metadata.continue_.filter(|token| !token.is_empty()) {
             Some(token) => params.continue_token = Some(token),
             None => {
@@ -229,12 +229,12 @@ async fn watch<K: Object>(client: &Client, store: &Store<K>, filter: Filter, mut
             match stream.try_next().await {
                 Ok(Some(WatchEvent::Added(object) | WatchEvent::Modified(object))) => {
                     version = object.meta().resource_version.clone().unwrap_or(version);
-                    readable(object).into_iter().for_each(|object| store.watched(object));
+                    object.readable().into_iter().for_each(|object| store.watched(object));
                 }
                 Ok(Some(WatchEvent::Deleted(object))) => {
                     version = object.meta().resource_version.clone().unwrap_or(version);
-                    let held = |gone: &Unreadable| store.get(&Key::of_meta(&gone.metadata)).map(|held| (*held).clone());
-                    object.whole().map_or_else(|gone| held(&gone), Some).into_iter().for_each(|object| store.watched_gone(object));
+                    let last = object.last_state(|gone| store.get(&Key::of_meta(gone)));
+                    last.into_iter().for_each(|object| store.watched_gone(object));
                 }
                 Ok(Some(WatchEvent::Bookmark(bookmark))) => {
                     store.passed(bookmark.metadata.resource_version.parse().unwrap_or(0));
@@ -253,11 +253,6 @@ async fn watch<K: Object>(client: &Client, store: &Store<K>, filter: Filter, mut
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-}
-
-/// An object that isn't what its kind demands keeps its last readable state, and hides nothing else.
-fn readable<K: Object>(object: Decoded<K>) -> Option<K> {
-    object.whole().inspect_err(|error| warn!(kind = %K::kind(&()), %error, "can't read an object; it is left out")).ok()
 }
 
 /// A typed client of one namespace, for subresources.

@@ -6,7 +6,7 @@ use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client};
-use outrigger_client::{Decoded, Unreadable};
+use outrigger_client::Decoded;
 use serde::de::DeserializeOwned;
 use tokio::task::JoinHandle;
 use tracing::{debug, warn};
@@ -70,24 +70,17 @@ where
     while let Some(event) = events.next().await {
         match event {
             Ok(watcher::Event::Init) => initial.clear(),
-            Ok(watcher::Event::InitApply(object)) => initial.extend(readable(&kind, object)),
+            Ok(watcher::Event::InitApply(object)) => initial.extend(object.readable()),
             Ok(watcher::Event::InitDone) => {
                 debug!(kind, objects = initial.len(), "listed");
                 mirror.replace(std::mem::take(&mut initial));
             }
-            Ok(watcher::Event::Apply(object)) => {
-                readable(&kind, object).into_iter().for_each(|object| mirror.apply(object));
-            }
+            Ok(watcher::Event::Apply(object)) => object.readable().into_iter().for_each(|object| mirror.apply(object)),
             Ok(watcher::Event::Delete(object)) => {
-                let held = |gone: &Unreadable| mirror.get(&Key::of_meta(&gone.metadata)).map(|held| (*held).clone());
-                object.whole().map_or_else(|gone| held(&gone), Some).into_iter().for_each(|object| mirror.delete(object));
+                let last = object.last_state(|gone| mirror.get(&Key::of_meta(gone)));
+                last.into_iter().for_each(|object| mirror.delete(object));
             }
             Err(error) => warn!(kind, %error, "the watch broke off; it is taken up again"),
         }
     }
-}
-
-/// An object that isn't what its kind demands keeps its last readable state, and hides nothing else.
-fn readable<K>(kind: &str, object: Decoded<K>) -> Option<K> {
-    object.whole().inspect_err(|error| warn!(kind, %error, "can't read an object; it is left out")).ok()
 }
