@@ -18,6 +18,7 @@ use serde_json::Value;
 use crate::body::{Request, boxed, full, read};
 use crate::engine::Engine;
 use crate::proxy::forward::{Target, connect, endpoint};
+use crate::proxy::{Trust, client_tls, system_roots};
 
 /// Why a webhook gave no answer.
 #[derive(Debug)]
@@ -137,19 +138,7 @@ fn trust(bundle: &str) -> Result<Arc<ClientConfig>, CallError> {
             return Err("unable to load root certificates: unable to parse bytes as PEM block".to_string().into());
         }
     }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().map_err(text)?;
-    let mut config = builder.with_root_certificates(roots).with_no_client_auth();
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(Arc::new(config))
-}
-
-/// The bundles of the distributions, as Go looks for them.
-pub fn system_roots() -> Vec<CertificateDer<'static>> {
-    const FILES: &[&str] =
-        &["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem"];
-    let found = FILES.iter().find_map(|file| CertificateDer::pem_file_iter(file).ok());
-    found.into_iter().flatten().flatten().collect()
+    client_tls(Trust::Only(roots), None).map(Arc::new).map_err(text)
 }
 
 /// An answer's object; answers of other codes become the errors that client-go makes of them.

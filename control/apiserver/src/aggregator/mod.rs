@@ -18,6 +18,7 @@ use serde_json::{Map, Value};
 use crate::cache::split_key;
 use crate::engine::Engine;
 use crate::feed::Listener;
+use crate::proxy::{Trust, client_tls};
 
 pub use proxy::pass_on;
 
@@ -111,10 +112,8 @@ impl Aggregator {
 
     fn tls(&self, spec: &Value) -> Result<Arc<ClientConfig>, String> {
         let bundle = base64::engine::general_purpose::STANDARD.decode(meta::text(spec, "caBundle")).map_err(|error| error.to_string())?;
-        let insecure = spec["insecureSkipTLSVerify"] == true;
-        crate::proxy::client_tls((!insecure).then_some(bundle.as_slice()), Some(&self.identity))
-            .map(Arc::new)
-            .map_err(|error| error.to_string())
+        let trust = if spec["insecureSkipTLSVerify"] == true { Ok(Trust::Anybody) } else { Trust::bundle(&bundle) };
+        trust.and_then(|trust| client_tls(trust, Some(&self.identity))).map(Arc::new).map_err(|error| error.to_string())
     }
 
     /// Replaces what is known of one server; the readers' view changes only if that does.

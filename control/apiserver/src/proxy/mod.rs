@@ -37,28 +37,46 @@ pub struct Kubelets {
 
 impl Kubelets {
     pub fn new(identity: &Identity) -> Result<Self, StartError> {
-        let (tls, anonymous_tls) = (client_tls(None, Some(identity))?, client_tls(None, None)?);
+        let (tls, anonymous_tls) = (client_tls(Trust::Anybody, Some(identity))?, client_tls(Trust::Anybody, None)?);
         Ok(Self { tls: Arc::new(tls), anonymous_tls: Arc::new(anonymous_tls) })
     }
 }
 
-/// TLS of a client of HTTP/1.1: `authorities` (PEM) are trusted, the system's if that is empty, or any server without them; `identity` is
-/// shown to it.
-pub fn client_tls(authorities: Option<&[u8]>, identity: Option<&Identity>) -> Result<ClientConfig, TlsError> {
+/// Which servers a client takes for whom they say they are.
+pub enum Trust {
+    Anybody,
+    Only(RootCertStore),
+}
+
+impl Trust {
+    /// The bundle's certificates (PEM), each of which must be one; without any the system's.
+    pub fn bundle(pem: &[u8]) -> Result<Self, TlsError> {
+        let mut roots = RootCertStore::empty();
+        if pem.trim_ascii().is_empty() {
+            roots.add_parsable_certificates(system_roots());
+        }
+        for certificate in CertificateDer::pem_slice_iter(pem) {
+            roots.add(certificate?)?;
+        }
+        Ok(Self::Only(roots))
+    }
+}
+
+/// The bundles of the distributions, as Go looks for them.
+pub fn system_roots() -> Vec<CertificateDer<'static>> {
+    const FILES: &[&str] =
+        &["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem"];
+    let found = FILES.iter().find_map(|file| CertificateDer::pem_file_iter(file).ok());
+    found.into_iter().flatten().flatten().collect()
+}
+
+/// TLS of a client of HTTP/1.1; `identity` is shown to the server.
+pub fn client_tls(trust: Trust, identity: Option<&Identity>) -> Result<ClientConfig, TlsError> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()?;
-    let builder = match authorities {
-        Some(pem) => {
-            let mut roots = RootCertStore::empty();
-            if pem.trim_ascii().is_empty() {
-                roots.add_parsable_certificates(crate::webhook::system_roots());
-            }
-            for certificate in CertificateDer::pem_slice_iter(pem) {
-                roots.add(certificate?)?;
-            }
-            builder.with_root_certificates(roots)
-        }
-        None => builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyServer(provider))),
+    let builder = match trust {
+        Trust::Only(roots) => builder.with_root_certificates(roots),
+        Trust::Anybody => builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyServer(provider))),
     };
     let mut config = match identity {
         Some(identity) => {
