@@ -93,26 +93,19 @@ pub fn live(table: &Table) -> io::Result<Vec<Live>> {
 }
 
 fn is_served(table: &Table, tracked: &Tracked) -> bool {
-    let protocol = match tracked.original.protocol {
-        6 => Protocol::Tcp,
-        17 => Protocol::Udp,
-        132 => Protocol::Sctp,
-        _ => return false,
-    };
+    let Some(protocol) = Protocol::of_number(tracked.original.protocol) else { return false };
     let at = |address| table.get(&Frontend { address, port: tracked.original.destination_port, protocol });
     let entry = at(Address::Ip(tracked.original.destination)).or_else(|| at(Address::Node(Family::of(tracked.original.destination))));
-    entry.is_some_and(|entry| {
-        entry.alive().any(|endpoint| endpoint.ip == tracked.reply.source && endpoint.port == tracked.reply.source_port)
-    })
+    entry.is_some_and(|entry| leads_to_answerer(entry, tracked))
+}
+
+/// Whether the one who answers is a backend of the entry.
+fn leads_to_answerer(entry: &Entry, tracked: &Tracked) -> bool {
+    entry.alive().any(|endpoint| endpoint.ip == tracked.reply.source && endpoint.port == tracked.reply.source_port)
 }
 
 fn is_stale(table: &Table, scope: &Scope, tracked: &Tracked) -> bool {
-    let protocol = match tracked.original.protocol {
-        6 => Protocol::Tcp,
-        17 => Protocol::Udp,
-        132 => Protocol::Sctp,
-        _ => return false,
-    };
+    let Some(protocol) = Protocol::of_number(tracked.original.protocol) else { return false };
     let translated = tracked.reply.source != tracked.original.destination || tracked.reply.source_port != tracked.original.destination_port;
     let at = |address| Frontend { address, port: tracked.original.destination_port, protocol };
     let exact = at(Address::Ip(tracked.original.destination));
@@ -131,10 +124,8 @@ fn is_stale(table: &Table, scope: &Scope, tracked: &Tracked) -> bool {
     {
         return false;
     }
-    let leads_there =
-        |entry: &Entry| entry.alive().any(|endpoint| endpoint.ip == tracked.reply.source && endpoint.port == tracked.reply.source_port);
     match table.get(&frontend) {
-        Some(entry) => !leads_there(entry),
+        Some(entry) => !leads_to_answerer(entry, tracked),
         // The frontend itself is gone; only UDP's get into the scope for that.
         None => matches!(scope, Scope::Only(_)),
     }

@@ -21,6 +21,10 @@ impl Protocol {
         }
     }
 
+    pub fn of_number(number: u8) -> Option<Self> {
+        [Self::Tcp, Self::Udp, Self::Sctp].into_iter().find(|protocol| protocol.number() == number)
+    }
+
     /// The IP protocol number.
     pub fn number(self) -> u8 {
         match self {
