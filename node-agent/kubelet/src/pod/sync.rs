@@ -289,23 +289,25 @@ async fn pull_secrets(host: &Host, pod: &Pod) -> Vec<Arc<Secret>> {
 
 async fn start_all(host: &Host, record: &Record, pod: &Pod, view: &PodView, actions: &Plan, place: &Place<'_>) {
     let ephemeral = ephemeral_containers(pod);
-    let pick = |indexes: &[usize], from: &[Container]| -> Vec<Container> {
-        indexes.iter().filter_map(|index| from.get(*index)).cloned().collect()
-    };
-    let init = pick(&actions.start_init, init_containers(pod));
-    let gates: Vec<String> = init.iter().filter(|container| !is_sidecar(container)).map(|container| container.name.clone()).collect();
-    let queue = [pick(&actions.start_ephemeral, &ephemeral), init, pick(&actions.start_main, containers(pod))].concat();
-    for (index, container) in queue.iter().enumerate() {
+    let init = pick(&actions.start_init, init_containers(pod)).map(|container| (container, !is_sidecar(container)));
+    let ephemeral = pick(&actions.start_ephemeral, &ephemeral).map(|container| (container, false));
+    let main = pick(&actions.start_main, containers(pod)).map(|container| (container, false));
+    let queue = ephemeral.chain(init).chain(main);
+    for (index, (container, gates_the_rest)) in queue.enumerate() {
         // How the one before fared is shown already while this one's image is pulled.
         if index > 0
             && let Err(error) = look(host, record, false).await
         {
             debug!(pod = %full_name(pod), %error, "couldn't read the pod between two starts");
         }
-        if !start_one(host, record, pod, container, view, place).await && gates.contains(&container.name) {
+        if !start_one(host, record, pod, container, view, place).await && gates_the_rest {
             return;
         }
     }
+}
+
+fn pick<'a>(indexes: &'a [usize], from: &'a [Container]) -> impl Iterator<Item = &'a Container> {
+    indexes.iter().filter_map(|index| from.get(*index))
 }
 
 /// Failures are kept as the container's waiting reason, and a new try is asked for.
