@@ -49,11 +49,11 @@ async fn main() -> Result<()> {
         whole.extend(bench.whole(&[format!("bench-{round}")]).await?);
     }
     let names = |prefix: &str| (0..bench.options.parallel).map(|index| format!("{prefix}-{index}")).collect::<Vec<_>>();
-    let alone_parallel = bench.runtime_alone(&names("alone")).await?;
-    let whole_parallel = bench.whole(&names("bench")).await?;
+    let mut alone_parallel = bench.runtime_alone(&names("alone")).await?;
+    let mut whole_parallel = bench.whole(&names("bench")).await?;
     println!("| pods | runtime alone, median (low–high) | created to Running, median (low–high) | difference |\n|---|---|---|---|");
     row(&format!("{} one after another", bench.options.count), &mut alone, &mut whole);
-    row(&format!("{} at once", bench.options.parallel), &mut alone_parallel.clone(), &mut whole_parallel.clone());
+    row(&format!("{} at once", bench.options.parallel), &mut alone_parallel, &mut whole_parallel);
     Ok(())
 }
 
@@ -82,14 +82,7 @@ impl Bench {
     async fn start(&self, name: &str) -> Result<String> {
         let metadata = v1::PodSandboxMetadata { name: name.into(), uid: name.into(), namespace: "bench".into(), attempt: 0 };
         let linux = v1::LinuxPodSandboxConfig { cgroup_parent: self.options.cgroup_parent.clone(), ..Default::default() };
-        let sandbox = v1::PodSandboxConfig {
-            metadata: Some(metadata),
-            hostname: name.into(),
-            linux: Some(linux),
-            // As a kubelet's are, for the network plugin.
-            annotations: HashMap::new(),
-            ..Default::default()
-        };
+        let sandbox = v1::PodSandboxConfig { metadata: Some(metadata), hostname: name.into(), linux: Some(linux), ..Default::default() };
         let image = v1::ImageSpec { image: self.options.image.clone(), ..Default::default() };
         let container = v1::ContainerConfig {
             metadata: Some(v1::ContainerMetadata { name: "sleep".into(), attempt: 0 }),
