@@ -99,11 +99,19 @@ impl Upstream {
         }
     }
 
+    fn directory() -> PathBuf {
+        paths::cache().join("upstream").join(UPSTREAM)
+    }
+
+    pub fn is_cached(self) -> bool {
+        Self::directory().join(self.name()).is_file()
+    }
+
     /// The program's path in the cache; builds it when it isn't there.
     pub fn get(self) -> Result<PathBuf> {
-        let directory = paths::cache().join("upstream").join(UPSTREAM);
+        let directory = Self::directory();
         let program = directory.join(self.name());
-        if program.is_file() {
+        if self.is_cached() {
             return Ok(program);
         }
         let mut command = go_build().with_context(|| format!("build {}", self.name()))?;
@@ -136,7 +144,7 @@ fn link_flags() -> String {
 
 /// A stock kubectl: upstream's own when Go is there to build it, else the distribution's.
 pub fn kubectl() -> Result<PathBuf> {
-    if paths::cache().join("upstream").join(UPSTREAM).join("kubectl").is_file() || find("go").is_some() {
+    if Upstream::Kubectl.is_cached() || find("go").is_some() {
         return Upstream::Kubectl.get();
     }
     install(&[("kubectl", "kubernetes-client")])?;
