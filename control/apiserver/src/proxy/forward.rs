@@ -18,6 +18,7 @@ use crate::admission::{self, Attributes, Operation, lookup};
 use crate::body::{Request, Response, boxed};
 use crate::call::Call;
 use crate::engine::Engine;
+use crate::proxy::mount::Mount;
 use crate::reply::Reply;
 
 /// Where a request goes.
@@ -30,6 +31,14 @@ pub struct Target {
     pub server_name: Option<String>,
 }
 
+impl Target {
+    /// Host and port, as URLs and the Host header have them.
+    pub fn authority(&self) -> String {
+        let Self { host, port, .. } = self;
+        if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+    }
+}
+
 pub trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
 
@@ -38,7 +47,7 @@ const HOP_BY_HOP: &[&str] =
 
 /// A connection to the target, TLS included.
 pub async fn connect(target: &Target) -> Result<Box<dyn Stream>, String> {
-    let address = format!("{}:{}", if target.host.contains(':') { format!("[{}]", target.host) } else { target.host.clone() }, target.port);
+    let address = target.authority();
     let connected = tokio::time::timeout(Duration::from_secs(10), TcpStream::connect(&address)).await;
     let stream = match connected {
         Ok(Ok(stream)) => stream,
@@ -91,9 +100,7 @@ fn outgoing(request: Request, target: &Target, path_and_query: &str, upgrade: Op
         parts.headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
         parts.headers.insert(UPGRADE, upgrade.clone());
     }
-    let host =
-        if target.host.contains(':') { format!("[{}]:{}", target.host, target.port) } else { format!("{}:{}", target.host, target.port) };
-    parts.headers.insert(HOST, HeaderValue::from_str(&host).map_err(|e| Status::bad_request(e.to_string()))?);
+    parts.headers.insert(HOST, HeaderValue::from_str(&target.authority()).map_err(|e| Status::bad_request(e.to_string()))?);
     let mut request = Request::from_parts(parts, body);
     // Extensions carry the other connection's upgrade; they must not leak into this one.
     *request.extensions_mut() = http::Extensions::new();
@@ -181,30 +188,29 @@ pub async fn subresource(engine: &Engine, call: &Call, request: Request) -> Resu
     proxied(call, request, &target).await
 }
 
-async fn proxied(call: &Call, request: Request, target: &Target) -> Result<Reply, Status> {
+async fn proxied(call: &Call, mut request: Request, target: &Target) -> Result<Reply, Status> {
     let path = request.uri().path();
     let marker = format!("/{}/{}/proxy", call.resource.plural, crate::request::encode(&call.info.name));
     let raw_marker = format!("/{}/{}/proxy", call.resource.plural, call.info.name);
     let rest = [&raw_marker, &marker].iter().find_map(|m| path.find(m.as_str()).map(|at| &path[at + m.len()..])).unwrap_or("").to_string();
     let prefix = path[..path.len() - rest.len()].to_string();
-    if rest.is_empty() && matches!(*request.method(), http::Method::GET | http::Method::HEAD) && request.headers().get(UPGRADE).is_none() {
-        let query = request.uri().query().map(|q| format!("?{q}")).unwrap_or_default();
+    let query = request.uri().query().map(|q| format!("?{q}")).unwrap_or_default();
+    let upgrade = request.headers().contains_key(UPGRADE);
+    if rest.is_empty() && matches!(*request.method(), http::Method::GET | http::Method::HEAD) && !upgrade {
         let mut response = crate::reply::text(301, "");
         if let Ok(location) = HeaderValue::from_str(&format!("{path}/{query}")) {
             response.headers_mut().insert(LOCATION, location);
         }
         return Ok(Reply::Whole(response));
     }
-    let query = request.uri().query().map(|q| format!("?{q}")).unwrap_or_default();
     let to = if rest.is_empty() { format!("/{query}") } else { format!("{rest}{query}") };
-    let mut response = forward(request, target, &to).await?;
-    // A redirect inside the backend stays below the proxy's path.
-    let moved =
-        response.headers().get(LOCATION).and_then(|l| l.to_str().ok()).filter(|l| l.starts_with('/')).map(|l| format!("{prefix}{l}"));
-    if let Some(value) = moved.and_then(|l| HeaderValue::from_str(&l).ok()) {
-        response.headers_mut().insert(LOCATION, value);
+    if upgrade {
+        return Ok(Reply::Whole(forward(request, target, &to).await?));
     }
-    Ok(Reply::Whole(response))
+    let mount = Mount::new(prefix, target.authority(), &request);
+    mount.announce(request.headers_mut(), &rest);
+    let response = forward(request, target, &to).await?;
+    Ok(Reply::Whole(mount.response(response).await?))
 }
 
 /// "name", "name:port", "scheme:name:port" or "scheme:name:".

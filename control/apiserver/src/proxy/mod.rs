@@ -1,6 +1,7 @@
 //! Requests sent on: to kubelets for logs, exec, attach and port-forward, and to pods, services and nodes by their proxy subresource.
 
 pub mod forward;
+mod mount;
 pub mod pod;
 mod websocket;
 
