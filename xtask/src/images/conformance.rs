@@ -94,10 +94,12 @@ fn upstream_file(name: &str) -> Result<Vec<u8>> {
 }
 
 fn agnhost(root: &Path) -> Result<()> {
-    unpack_closure(root, &["bash", "curl", "bind9-dnsutils", "netcat-openbsd", "iproute2", "iperf", "busybox-static", "ca-certificates"])?;
+    let tools = ["curl", "bind9-dnsutils", "netcat-openbsd", "iproute2", "iperf", "ca-certificates"];
+    unpack_closure(root, &[&GLIBC_TOOLS[..], &tools].concat())?;
     base(root)?;
-    link_applets(root)?;
-    netcat(root)?;
+    glibc_tools(root)?;
+    // Debian chooses among its netcats when a package is installed, and these are only unpacked.
+    link(root, "bin/nc", "nc.openbsd")?;
     fs::copy(Upstream::Agnhost.get()?, root.join("agnhost"))?;
     symlink("agnhost", root.join("agnhost-2"))?;
     fs::create_dir_all(root.join("uploads"))?;
@@ -108,11 +110,21 @@ fn agnhost(root: &Path) -> Result<()> {
     append(root, "etc/group", "user-defined-in-image:x:1000:\ngroup-defined-in-image:x:50000:user-defined-in-image\n")
 }
 
-/// Debian chooses among its netcats when a package is installed, and these are only unpacked.
-fn netcat(root: &Path) -> Result<()> {
-    let link = root.join("bin/nc");
+/// What images for probing names and addresses have besides their own tools; `libc-bin` brings `getent`.
+const GLIBC_TOOLS: [&str; 3] = ["bash", "libc-bin", "busybox-static"];
+
+/// Bash is their `sh`: Debian's busybox, as a shell, runs its own applets whatever programs the PATH has (its `nc` knows no UDP).
+fn glibc_tools(root: &Path) -> Result<()> {
+    link(root, "bin/sh", "bash")?;
+    link_applets(root)?;
+    // Without it glibc asks DNS first, and /etc/hosts only when there is no DNS.
+    fs::write(root.join("etc/nsswitch.conf"), "hosts: files dns\n").context("write etc/nsswitch.conf")
+}
+
+fn link(root: &Path, name: &str, to: &str) -> Result<()> {
+    let link = root.join(name);
     let _ = fs::remove_file(&link);
-    symlink("nc.openbsd", &link).with_context(|| format!("link {}", link.display()))
+    symlink(to, &link).with_context(|| format!("link {}", link.display()))
 }
 
 fn append(root: &Path, name: &str, text: &str) -> Result<()> {
@@ -128,9 +140,9 @@ fn nginx_new(root: &Path) -> Result<()> {
 }
 
 fn dnsutils(root: &Path) -> Result<()> {
-    unpack_closure(root, &["bash", "bind9-dnsutils", "busybox-static"])?;
+    unpack_closure(root, &[&GLIBC_TOOLS[..], &["bind9-dnsutils"]].concat())?;
     base(root)?;
-    link_applets(root)
+    glibc_tools(root)
 }
 
 fn ipc_utils(root: &Path) -> Result<()> {
