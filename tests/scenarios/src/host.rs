@@ -12,8 +12,8 @@ mod proxy;
 
 pub use proxy::ProxyHost;
 
-/// Long enough for a loaded machine; only what is expected to fail waits for it to the end.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// Longer than any pause of a loaded machine.
+const PATIENCE: Duration = Duration::from_secs(15);
 
 #[derive(Default)]
 pub struct Host {
@@ -44,10 +44,11 @@ impl Host {
         match request {
             Request::Serve { transport: Transport::Tcp, address, name } => serve_tcp(TcpListener::bind(address)?, name),
             Request::Serve { transport: Transport::Udp, address, name } => serve_udp(UdpSocket::bind(address)?, name),
-            Request::Dial { transport, target } => {
-                Ok(outcome(open(transport, target, Some(0)).and_then(|mut connection| ask(&mut connection))))
+            Request::Dial { transport, target, patience } => {
+                let patience = patience.unwrap_or(PATIENCE);
+                Ok(outcome(open(transport, target, Some(0), patience).and_then(|mut connection| ask(&mut connection))))
             }
-            Request::Open { id, transport, target, port } => match open(transport, target, port) {
+            Request::Open { id, transport, target, port } => match open(transport, target, port, PATIENCE) {
                 Ok(mut connection) => {
                     let answer = outcome(ask(&mut connection));
                     self.connections.insert(id, connection);
@@ -113,20 +114,20 @@ fn serve_udp(socket: UdpSocket, name: String) -> Result<Reply> {
     Ok(Reply::Done)
 }
 
-fn open(transport: Transport, target: SocketAddr, port: Option<u16>) -> std::io::Result<Connection> {
+fn open(transport: Transport, target: SocketAddr, port: Option<u16>, patience: Duration) -> std::io::Result<Connection> {
     match transport {
         Transport::Tcp => {
             let stream = match port {
                 Some(port) if port != 0 => connect_from(port, target)?,
-                _ => TcpStream::connect_timeout(&target, PATIENCE)?,
+                _ => TcpStream::connect_timeout(&target, patience)?,
             };
-            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.set_read_timeout(Some(patience))?;
             Ok(Connection::Tcp(stream))
         }
         Transport::Udp => {
             let any = if target.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
             let socket = UdpSocket::bind(SocketAddr::new(any, port.unwrap_or(0)))?;
-            socket.set_read_timeout(Some(PATIENCE))?;
+            socket.set_read_timeout(Some(patience))?;
             if port.is_some() {
                 socket.connect(target)?;
             }
@@ -200,7 +201,7 @@ fn outcome(result: std::io::Result<(String, SocketAddr)>) -> Reply {
 }
 
 fn datagram(target: SocketAddr, bytes: usize) -> std::io::Result<usize> {
-    let Connection::Udp(socket, _) = open(Transport::Udp, target, Some(0))? else { return Err(ErrorKind::Unsupported.into()) };
+    let Connection::Udp(socket, _) = open(Transport::Udp, target, Some(0), PATIENCE)? else { return Err(ErrorKind::Unsupported.into()) };
     socket.send(&vec![0; bytes])?;
     socket.recv(&mut vec![0; 1 << 16])
 }

@@ -23,6 +23,8 @@ impl Namespace {
         });
         let file = made.join().map_err(|_| anyhow::anyhow!("the thread that makes a namespace panicked"))??;
         let namespace = Self { file };
+        // Until it has looked for doubles of its link-local address, an interface can't ask for the neighbours of those it forwards for.
+        namespace.sysctl("net.ipv6.conf.default.accept_dad", "0")?;
         namespace.ip("link set lo up")?;
         Ok(namespace)
     }

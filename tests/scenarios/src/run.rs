@@ -15,6 +15,8 @@ use crate::world::{NODE_IP, NODE_IP6, NODE_NAME, Place, World};
 const DIALS: usize = 48;
 /// As many as may be needed until two have answered, but for one run in 10^6.
 const DIALS_APART: usize = 20;
+/// Two attempts of TCP that nobody answered.
+const SILENCE: Duration = Duration::from_secs(2);
 
 pub struct Player<'a> {
     world: &'a mut World,
@@ -84,9 +86,10 @@ impl Player<'_> {
                 let target = to.parse()?;
                 let single = !matches!(expect, Expect::From(_) | Expect::OneOf(_));
                 let dials = if single { 1 } else { DIALS };
+                let patience = matches!(expect, Expect::TimedOut).then_some(SILENCE);
                 let mut replies = Vec::new();
                 for _ in 0..dials {
-                    replies.push(self.world.ask(*from, &Request::Dial { transport: *transport, target })?);
+                    replies.push(self.world.ask(*from, &Request::Dial { transport: *transport, target, patience })?);
                     if !matches!(replies.last(), Some(Reply::Answer { .. })) {
                         break;
                     }
@@ -152,7 +155,7 @@ impl Player<'_> {
         let mut names = BTreeSet::new();
         for _ in 0..DIALS_APART {
             std::thread::sleep(pause);
-            match self.world.ask(from, &Request::Dial { transport: Transport::Tcp, target })? {
+            match self.world.ask(from, &Request::Dial { transport: Transport::Tcp, target, patience: None })? {
                 Reply::Answer { name, .. } => names.insert(name),
                 other => bail!("{other:?}"),
             };

@@ -1,5 +1,6 @@
 //! What the test and its processes in the namespaces say to each other: one JSON object per line.
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -13,8 +14,8 @@ pub enum Transport {
 pub enum Request {
     /// Answers every line or datagram with this name and the peer's address.
     Serve { transport: Transport, address: SocketAddr, name: String },
-    /// Connects, asks, closes.
-    Dial { transport: Transport, target: SocketAddr },
+    /// Connects, asks, closes; `patience` is how long it waits where no answer is expected.
+    Dial { transport: Transport, target: SocketAddr, patience: Option<Duration> },
     /// Connects and keeps the connection under this name.
     ///
     /// `port` is its own; without one the socket isn't connected (UDP).

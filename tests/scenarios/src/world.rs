@@ -175,7 +175,7 @@ impl Drop for World {
 fn connect_pod(node: &Namespace, pod: &Namespace, name: &str, ip: &str, ip6: &str) -> Result<()> {
     node.link(name, pod, "eth0")?;
     node.sysctl(&format!("net.ipv4.conf.{name}.proxy_arp"), "1")?;
-    node.sysctl(&format!("net.ipv6.conf.{name}.accept_dad"), "0")?;
+    node.sysctl(&format!("net.ipv4.neigh.{name}.proxy_delay"), "0")?;
     node.ip(&format!("addr add fe80::1/64 dev {name} nodad"))?;
     node.ip(&format!("route add {ip}/32 dev {name}"))?;
     node.ip(&format!("-6 route add {ip6}/128 dev {name}"))?;

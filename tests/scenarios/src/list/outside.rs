@@ -209,7 +209,7 @@ status: {{podIP: 10.244.1.10, podIPs: [{{ip: 10.244.1.10}}]}}
 
 fn from_port(id: &'static str, from: crate::world::Place, node_port: u16) -> Step {
     match open(id, from, Tcp, &format!("192.168.78.1:{node_port}"), super::Expect::OneOf(&["a"])) {
-        Step::Open { id, from, transport, to, expect, .. } => Step::Open { id, from, transport, to, expect, port: 40404 },
+        Step::Open { id, from, transport, to, expect, .. } => Step::Open { id, from, transport, to, expect, port: 10404 },
         other => other,
     }
 }
