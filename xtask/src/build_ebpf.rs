@@ -13,6 +13,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
+use crate::debian::{self, Part};
+
 const BPF_LINKER: &str = "0.13.0";
 /// The Debian suite that carries `rust-src` for the pinned toolchain.
 const DEBIAN_SUITE: &str = "trixie-backports";
@@ -128,59 +130,15 @@ fn ensure_rust_src(cache: &Path, rust: &Rust) -> Result<PathBuf> {
     Ok(library)
 }
 
-/// Downloads the one package with an apt state of its own, so that no suite is added to the system's sources.
 fn rust_src_from_debian(into: &Path, release: &str) -> Result<()> {
     let apt = into.join("apt");
-    for dir in ["lists/partial", "cache/archives/partial", "etc"] {
-        fs::create_dir_all(apt.join(dir)).context("create a throwaway apt state")?;
-    }
-    let list = apt.join("sources.list");
-    fs::write(&list, format!("deb {} {DEBIAN_SUITE} main\n", debian_mirror()?)).context("write a throwaway apt source")?;
-    let status = apt.join("status");
-    fs::write(&status, "").context("write a throwaway dpkg status")?;
-    let apt_get = |args: &[&str]| {
-        let mut command = Command::new("apt-get");
-        command.current_dir(&apt);
-        for (key, value) in [
-            ("Dir::Etc::sourcelist", list.as_path()),
-            ("Dir::Etc::sourceparts", Path::new("/dev/null")),
-            ("Dir::Etc::preferences", Path::new("/dev/null")),
-            ("Dir::Etc::preferencesparts", Path::new("/dev/null")),
-            ("Dir::State", apt.as_path()),
-            ("Dir::State::lists", apt.join("lists").as_path()),
-            ("Dir::State::status", status.as_path()),
-            ("Dir::Cache", apt.join("cache").as_path()),
-        ] {
-            command.arg("-o").arg(format!("{key}={}", value.display()));
-        }
-        // The download runs as the caller: `_apt` can't enter a home folder. Translations and contents are not wanted.
-        command.args(["-o", "APT::Sandbox::User=root", "-o", "Acquire::Languages=none", "-qq"]).args(args);
-        command
-    };
-    output(&mut apt_get(&["update"]), "read the package list")?;
-    output(&mut apt_get(&["download", "rust-src"]), "download rust-src")?;
-    let deb = fs::read_dir(&apt)
-        .context("list the throwaway apt state")?
-        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
-        .find(|path| path.extension() == Some(OsStr::new("deb")))
-        .context("apt-get downloaded no package file")?;
+    let deb = debian::download(&apt, DEBIAN_SUITE, Part::Binary, "rust-src")?;
     let version = output(Command::new("dpkg-deb").arg("-f").arg(&deb).arg("Version"), "read the package's version")?;
     ensure!(version.starts_with(&format!("{release}+")), "the suite has rust-src {}, the compiler is {release}", version.trim());
     output(Command::new("dpkg").arg("-x").arg(&deb).arg(apt.join("unpacked")), "unpack rust-src")?;
     let library = apt.join(format!("unpacked/usr/src/rustc-{release}/library"));
     fs::rename(&library, into.join("library")).with_context(|| format!("move {} into the cache", library.display()))?;
     fs::remove_dir_all(&apt).context("remove the throwaway apt state")
-}
-
-/// The mirror that the system's own apt uses for Debian.
-fn debian_mirror() -> Result<String> {
-    let targets = output(
-        Command::new("apt-get").args(["indextargets", "--format", "$(REPO_URI) $(SUITE)", "Created-By: Packages"]),
-        "ask apt for its Debian mirror",
-    )?;
-    let mirror = targets.lines().filter_map(|line| line.split_once(' ')).map(|(uri, _)| uri.trim_end_matches('/'));
-    let mirror = mirror.into_iter().find(|uri| uri.ends_with("/debian"));
-    Ok(mirror.context("apt knows no Debian mirror: not a Debian machine?")?.to_owned())
 }
 
 fn rust_src_from_rustup(into: &Path, release: &str) -> Result<()> {

@@ -3,6 +3,7 @@ mod bench;
 mod build_ebpf;
 mod cluster;
 mod conformance;
+mod debian;
 mod demo;
 mod down;
 mod images;
