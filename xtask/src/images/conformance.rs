@@ -9,10 +9,15 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use super::demo::{busybox, nginx, nginx_config};
-use super::{PATH, Recipe, base, link_applets, unpack, unpack_closure};
+use super::{PATH, Recipe, base, link_applets, unpack_closure};
+use crate::debian::{self, Part};
 use crate::tools::{self, Upstream, run};
 
 const REGISTRY: &str = "registry.k8s.io/e2e-test-images";
+/// The suite that carries the busybox which upstream's image has, 1.37.0.
+const BUSYBOX_SUITE: &str = "trixie";
+/// What doesn't build everywhere: traffic control wants older kernel headers, fast hashes want x86.
+const BUSYBOX_WITHOUT: [&str; 3] = ["TC", "SHA1_HWACCEL", "SHA256_HWACCEL"];
 
 pub fn recipes() -> Vec<Recipe> {
     let named = |names: &[&str]| names.iter().map(|name| format!("{REGISTRY}/{name}")).collect::<Vec<_>>();
@@ -25,7 +30,7 @@ pub fn recipes() -> Vec<Recipe> {
             config: json!({"Entrypoint": ["/agnhost"], "Cmd": ["pause"], "Env": [PATH], "ExposedPorts": {"80/tcp": {}, "8080/tcp": {}, "8081/tcp": {}, "9376/tcp": {}, "5000/tcp": {}}}),
             fill: agnhost,
         },
-        Recipe { file: "e2e-shell", names: named(&["busybox:1.37.0-1"]), config: shell(), fill: tolerant_shell },
+        Recipe { file: "e2e-busybox", names: named(&["busybox:1.37.0-1"]), config: shell(), fill: upstream_busybox },
         Recipe { file: "e2e-nginx", names: named(&["nginx:1.14-4"]), config: nginx_config(), fill: nginx },
         Recipe { file: "e2e-nginx-new", names: named(&["nginx:1.15-4"]), config: nginx_config(), fill: nginx_new },
         Recipe { file: "dnsutils", names: named(&["jessie-dnsutils:1.7"]), config: shell(), fill: dnsutils },
@@ -67,16 +72,39 @@ pub fn recipes() -> Vec<Recipe> {
     ]
 }
 
-/// Busybox with bash as its shell: Debian's busybox drops environment variables whose names aren't those of shell variables.
-fn tolerant_shell(root: &Path) -> Result<()> {
+/// Busybox as its authors have it. Debian's takes back that the shell hands on variables whose names aren't those of shell variables.
+fn upstream_busybox(root: &Path) -> Result<()> {
     base(root)?;
-    unpack(root, &["busybox-static", "bash-static"])?;
-    for shell in ["sh", "bash"] {
-        symlink("bash-static", root.join("bin").join(shell))?;
+    let download = root.with_file_name("busybox-download");
+    let archive = debian::download(&download, BUSYBOX_SUITE, Part::Original, "busybox")?;
+    let source = root.with_file_name("busybox");
+    fs::create_dir_all(&source)?;
+    run(Command::new("tar").args(["--extract", "--strip-components=1", "--file"]).arg(&archive).arg("--directory").arg(&source))?;
+    let make = |arguments: &[&str]| run(Command::new("make").current_dir(&source).args(arguments));
+    make(&["defconfig"])?;
+    let config = source.join(".config");
+    fs::write(&config, configured(&fs::read_to_string(&config)?, &["STATIC"], &BUSYBOX_WITHOUT)).context("configure busybox")?;
+    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+    make(&[format!("-j{jobs}").as_str(), "busybox"])?;
+    for directory in ["bin", "usr"] {
+        fs::create_dir_all(root.join(directory))?;
     }
-    link_applets(root)?;
-    fs::create_dir_all(root.join("usr"))?;
-    Ok(())
+    fs::copy(source.join("busybox"), root.join("bin/busybox")).context("install busybox")?;
+    link_applets(root)
+}
+
+/// A busybox configuration with these options switched on and off.
+fn configured(config: &str, on: &[&str], off: &[&str]) -> String {
+    let switched = |line: &str| {
+        let unset = line.strip_prefix("# CONFIG_").and_then(|rest| rest.strip_suffix(" is not set"));
+        let set = line.strip_prefix("CONFIG_").and_then(|rest| rest.strip_suffix("=y"));
+        match (unset, set) {
+            (Some(name), _) if on.contains(&name) => format!("CONFIG_{name}=y\n"),
+            (_, Some(name)) if off.contains(&name) => format!("# CONFIG_{name} is not set\n"),
+            _ => format!("{line}\n"),
+        }
+    };
+    config.lines().map(switched).collect()
 }
 
 fn go_build(package: &str, output: &Path) -> Result<()> {
@@ -208,4 +236,17 @@ fn etcd(root: &Path) -> Result<()> {
         symlink(format!("/usr/bin/{program}"), root.join("usr/local/bin").join(program))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_switched_by_their_whole_name() {
+        let config =
+            "# CONFIG_STATIC is not set\nCONFIG_STATIC_LIBGCC=y\nCONFIG_TC=y\nCONFIG_FEATURE_TC_INGRESS=y\nCONFIG_PREFIX=\"./_install\"\n";
+        let wanted = config.replace("# CONFIG_STATIC is not set", "CONFIG_STATIC=y").replace("CONFIG_TC=y", "# CONFIG_TC is not set");
+        assert_eq!(configured(config, &["STATIC"], &["TC", "LATER"]), wanted);
+    }
 }
