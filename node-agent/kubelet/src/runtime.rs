@@ -229,25 +229,20 @@ async fn read_end(path: &str, limit: u64) -> std::io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// The payload of the last lines of a log in CRI's format (`time stream tag text`).
+/// The payload of the last lines of a log in CRI's format (`time stream tag text`). Tag `P` marks a piece that no line end follows:
+/// of a long line, or what the program wrote last.
 fn last_log_lines(log: &str) -> String {
     let mut lines: Vec<String> = Vec::new();
-    let mut partial = String::new();
     for line in log.lines() {
         let mut parts = line.splitn(4, ' ');
         let (Some(_), Some("stdout" | "stderr"), Some(tag)) = (parts.next(), parts.next(), parts.next()) else { continue };
-        partial.push_str(parts.next().unwrap_or_default());
-        if tag != "P" {
-            lines.push(std::mem::take(&mut partial) + "\n");
-        }
+        let end = if tag == "P" { "" } else { "\n" };
+        lines.push(format!("{}{end}", parts.next().unwrap_or_default()));
     }
     let mut text = lines[lines.len().saturating_sub(LOG_LINES)..].concat();
     let limit = usize::try_from(LOG_LIMIT).unwrap_or(usize::MAX);
-    while text.len() > limit {
-        let cut = text.char_indices().map(|(at, _)| at).find(|at| text.len() - at <= limit).unwrap_or(text.len());
-        text = text.split_off(cut);
-    }
-    text
+    let too_long = text.len().saturating_sub(limit);
+    text.split_off(text.ceil_char_boundary(too_long))
 }
 
 /// Changes exactly when the container must be replaced: upstream looks at the name and the image, as all else is immutable.
@@ -299,6 +294,12 @@ mod tests {
     fn log_ends_are_unwrapped() {
         let log = "2026-01-01T00:00:00Z stdout F one\n2026-01-01T00:00:00Z stderr P tw\n2026-01-01T00:00:00Z stderr F o\n";
         assert_eq!(last_log_lines(log), "one\ntwo\n");
+        assert_eq!(last_log_lines("2026-01-01T00:00:00Z stdout P DONE\n"), "DONE", "written without a line end");
+        assert_eq!(last_log_lines("2026-01-01T00:00:00Z stdout F \n"), "\n");
+        let many: String = (0..100).map(|number| format!("2026-01-01T00:00:00Z stdout F {number}\n")).collect();
+        assert!(last_log_lines(&many).starts_with("20\n") && last_log_lines(&many).ends_with("\n99\n"));
+        let long = format!("2026-01-01T00:00:00Z stdout F é{}\n", "x".repeat(2046));
+        assert_eq!(last_log_lines(&long), "x".repeat(2046) + "\n", "no half of a character");
     }
 
     #[test]
