@@ -19,13 +19,16 @@ use crate::store::{Object, Store};
 pub const HASH_LABEL: &str = "controller-revision-hash";
 const OWN_HASH_LABEL: &str = "controller.kubernetes.io/hash";
 
-/// A template in the form in which revisions keep it: a patch that replaces it.
+/// A template in the form in which revisions keep it: a patch that replaces it. Its keys are in order, as Go writes a map's: clients
+/// compare it with their own by bytes, and equal data has equal hashes wherever it comes from.
 pub fn data(template: &PodTemplateSpec) -> Value {
     let mut template = serde_json::to_value(template).unwrap_or_default();
     if let Some(fields) = template.as_object_mut() {
         fields.insert("$patch".into(), "replace".into());
     }
-    json!({"spec": {"template": template}})
+    let mut data = json!({"spec": {"template": template}});
+    data.sort_all_objects();
+    data
 }
 
 /// The template that a revision keeps.
@@ -36,20 +39,7 @@ pub fn template(revision: &ControllerRevision) -> Option<PodTemplateSpec> {
 }
 
 fn hash(data: &Value, collisions: i32) -> String {
-    safe_encode(&stable_hash(&sorted(data), Some(collisions)).to_string())
-}
-
-/// With its keys in order, so that equal data has equal hashes wherever it comes from.
-fn sorted(value: &Value) -> Value {
-    match value {
-        Value::Object(fields) => {
-            let mut keys: Vec<&String> = fields.keys().collect();
-            keys.sort();
-            keys.into_iter().map(|key| (key.clone(), sorted(&fields[key]))).collect()
-        }
-        Value::Array(list) => list.iter().map(sorted).collect(),
-        other => other.clone(),
-    }
+    safe_encode(&stable_hash(data, Some(collisions)).to_string())
 }
 
 /// Equal templates; defaults that were filled in since are no difference.
@@ -178,7 +168,15 @@ mod tests {
     }
 
     #[test]
-    fn hashes_dont_depend_on_the_order_of_keys() {
-        assert_eq!(hash(&json!({"a": 1, "b": {"c": 1, "d": 2}}), 0), hash(&json!({"b": {"d": 2, "c": 1}, "a": 1}), 0));
+    fn data_is_written_as_go_does() {
+        let template = json!({
+            "metadata": {"labels": {"b": "1", "a": "2"}},
+            "spec": {"containers": [{"resources": {}, "name": "app", "image": "i", "env": [{"value": "1", "name": "X"}]}]},
+        });
+        let wanted: PodTemplateSpec = serde_json::from_value(template).unwrap();
+        assert_eq!(
+            data(&wanted).to_string(),
+            r#"{"spec":{"template":{"$patch":"replace","metadata":{"labels":{"a":"2","b":"1"}},"spec":{"containers":[{"env":[{"name":"X","value":"1"}],"image":"i","name":"app","resources":{}}]}}}}"#
+        );
     }
 }
