@@ -3,7 +3,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::ResourceQuotaStatus;
+use k8s_openapi::api::core::v1::{ResourceQuota, ResourceQuotaStatus};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity as Text;
 use kube::api::{ListParams, ObjectList};
 use kube::core::{DynamicObject, PartialObjectMeta, Request};
@@ -30,10 +30,9 @@ pub type Recount = Arc<dyn Fn(&str) + Send + Sync>;
 pub fn start(context: &Context, tasks: &mut JoinSet<()>) -> Recount {
     let queue = Queue::<Key>::new();
     let add = queue.clone();
-    // Not when only the status changed: admission has just charged an object there that no store shows yet.
     context.informers.quotas.on_change(move |old, new| {
         if let Some(quota) = new
-            && old.is_none_or(|old| old.spec != quota.spec)
+            && calls_for_a_count(old.map(|old| &**old), quota)
         {
             add.add(Key::of(&**quota));
         }
@@ -62,6 +61,14 @@ pub fn start(context: &Context, tasks: &mut JoinSet<()>) -> Recount {
     let informers = context.informers.clone();
     tasks.spawn(worker::run("resourcequota", queue, 5, move |key| sync(informers.clone(), key)));
     recount
+}
+
+/// Not when only the use in the status changed: admission has just charged an object there that no store shows yet. Admission never
+/// touches the limits there, so others than the spec's are somebody's mistake, and wouldn't hold.
+fn calls_for_a_count(old: Option<&ResourceQuota>, new: &ResourceQuota) -> bool {
+    let limits = |quota: &ResourceQuota| quota.status.as_ref().and_then(|status| status.hard.clone());
+    let wanted = new.spec.as_ref().and_then(|spec| spec.hard.clone());
+    old.is_none_or(|old| old.spec != new.spec || (limits(old) != limits(new) && limits(new) != wanted))
 }
 
 async fn sync(informers: Arc<Informers>, key: Key) -> Outcome {
@@ -174,6 +181,8 @@ async fn listed(informers: &Informers, group: &str, plural: &str, space: &str) -
 
 #[cfg(test)]
 mod tests {
+    use k8s_openapi::api::core::v1::ResourceQuotaSpec;
+
     use super::*;
 
     #[test]
@@ -193,6 +202,23 @@ mod tests {
             let expected = expected.map(|(group, plural)| (group.to_owned(), plural.to_owned()));
             assert_eq!(counted_kind(resource), expected, "{resource}");
         }
+    }
+
+    #[test]
+    fn limits_that_arent_the_specs_call_for_a_count_and_use_doesnt() {
+        let list = |cpu: &str| Some([("cpu".to_owned(), Text(cpu.into()))].into());
+        let quota = |spec: &str, hard: &str, used: &str| ResourceQuota {
+            spec: Some(ResourceQuotaSpec { hard: list(spec), ..Default::default() }),
+            status: Some(ResourceQuotaStatus { hard: list(hard), used: list(used) }),
+            ..Default::default()
+        };
+        let before = quota("1", "1", "0");
+        let cases = [("1", "1", "500m", false), ("2", "1", "0", true), ("1", "2", "0", true), ("1", "1", "0", false)];
+        for (spec, hard, used, expected) in cases {
+            assert_eq!(calls_for_a_count(Some(&before), &quota(spec, hard, used)), expected, "{spec} {hard} {used}");
+        }
+        assert!(calls_for_a_count(None, &before));
+        assert!(!calls_for_a_count(Some(&quota("1", "2", "0")), &before), "it is right again");
     }
 
     #[test]
