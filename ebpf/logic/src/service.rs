@@ -35,7 +35,7 @@ pub enum Client {
 
 impl Client {
     #[inline(always)]
-    const fn is_host(self) -> bool {
+    pub(crate) const fn is_host(self) -> bool {
         matches!(self, Self::Socket { host: true, .. })
     }
 

@@ -1,6 +1,6 @@
 //! What becomes of a socket's addresses: at connect, at each unconnected send, on the way back to the program.
 
-use outrigger_abi::{Datagram, DatagramKey, Endpoint, FrontendKey, Peer, TCP, datagram_direction};
+use outrigger_abi::{Datagram, DatagramKey, Endpoint, FrontendKey, Peer, TCP, UDP, datagram_direction};
 
 use crate::service::{Choice, Client, Hint, Tables, Verdict, choose};
 
@@ -30,6 +30,13 @@ pub const fn protocol(socket: u32) -> Option<u8> {
 #[inline(always)]
 pub fn connect<T: Tables>(tables: &T, dest: Endpoint, protocol: u8, client: Client) -> Verdict {
     choose(tables, &FrontendKey::new(dest.addr, dest.port, protocol), client, Hint::NONE)
+}
+
+/// Whether a connect that finds no backend fails. One over UDP asks nobody, so elsewhere none does, and programs connect only to learn
+/// their own address: a pod's datagrams are refused one by one, at its interface. The node's own meet no program that could.
+#[inline(always)]
+pub const fn fails_at_once(protocol: u8, client: Client) -> bool {
+    protocol != UDP || client.is_host()
 }
 
 /// Notes on the socket where it is led. Field by field, into the storage itself.

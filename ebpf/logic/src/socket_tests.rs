@@ -1,7 +1,6 @@
 //! Datagram flows over one socket, and names as programs see them.
 use super::*;
 use crate::fake::{Fake, endpoint, tcp};
-use outrigger_abi::UDP;
 
 const POD: Client = Client::Socket { namespace: 11, host: false };
 
@@ -22,6 +21,14 @@ fn send_to(fake: &Fake, dest: &str, noted: &mut Option<Peer>) -> Option<Endpoint
 fn protocols_of_sockets() {
     for (socket, known) in [(6, Some(6)), (17, Some(17)), (132, Some(132)), (262, Some(6)), (1, None), (58, None), (273, None)] {
         assert_eq!(protocol(socket), known);
+    }
+}
+
+#[test]
+fn a_pod_connects_over_udp_whoever_answers() {
+    let host = Client::Socket { namespace: 1, host: true };
+    for (protocol, client, fails) in [(TCP, POD, true), (UDP, POD, false), (132, POD, true), (TCP, host, true), (UDP, host, true)] {
+        assert_eq!(fails_at_once(protocol, client), fails, "{protocol} {client:?}");
     }
 }
 

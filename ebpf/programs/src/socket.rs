@@ -62,13 +62,8 @@ pub fn outrigger_getpeername6(ctx: SockAddrContext) -> i32 {
 #[inline(always)]
 fn connect(hook: &Hook) -> i32 {
     let Some(protocol) = socket::protocol(hook.protocol()) else { return ALLOW };
-    let dest = hook.endpoint();
-    match socket::connect(&Kernel, dest, protocol, hook.client()) {
-        Verdict::Pass => {
-            // The socket may have been led somewhere by an earlier connect.
-            hook.forget();
-            ALLOW
-        }
+    let (dest, client) = (hook.endpoint(), hook.client());
+    match socket::connect(&Kernel, dest, protocol, client) {
         Verdict::To(choice) => {
             if let Some(peer) = hook.note() {
                 socket::note(peer, dest, protocol, &choice, Kernel.now());
@@ -80,8 +75,13 @@ fn connect(hook: &Hook) -> i32 {
             count(choice.service, |counters| counters.connections += 1);
             ALLOW
         }
-        Verdict::Refuse(service) => refuse(service, ECONNREFUSED),
-        Verdict::Drop(service) => refuse(service, ETIMEDOUT),
+        Verdict::Refuse(service) if socket::fails_at_once(protocol, client) => refuse(service, ECONNREFUSED),
+        Verdict::Drop(service) if socket::fails_at_once(protocol, client) => refuse(service, ETIMEDOUT),
+        Verdict::Pass | Verdict::Refuse(_) | Verdict::Drop(_) => {
+            // The socket may have been led somewhere by an earlier connect.
+            hook.forget();
+            ALLOW
+        }
     }
 }
 

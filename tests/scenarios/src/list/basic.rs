@@ -56,7 +56,12 @@ pub fn list() -> Vec<Scenario> {
         scenario(
             "a port that isn't the Service's is refused",
             cluster_ip("") + &ready(&["a"]),
-            vec![dial(PodB, Tcp, VIP, From(&["a"])), dial(PodB, Tcp, "10.96.0.10:81", Refused), dial(Node, Tcp, "10.96.0.10:81", Refused)],
+            vec![
+                dial(PodB, Tcp, VIP, From(&["a"])),
+                dial(PodB, Tcp, "10.96.0.10:81", Refused),
+                dial(Node, Tcp, "10.96.0.10:81", Refused),
+                dial(PodB, Udp, "10.96.0.10:81", Refused),
+            ],
         ),
         scenario(
             "headless Services, ExternalNames and those of another proxy are left alone",
