@@ -19,8 +19,9 @@ pub const ACK: u8 = 1 << 4;
 /// and beside that of node ports.
 const FIRST_PORT: u32 = 2048;
 const PORTS: u32 = 28_000;
-/// Ports tried for one connection before it is dropped.
-const TRIES: u32 = 4;
+/// Ports tried for one connection before it is dropped: first those that nobody has, then also those whose connection is over.
+const TRIES: u32 = 6;
+const TRIES_FOR_UNUSED: u32 = 4;
 
 /// The flows.
 pub trait Flows {
@@ -91,12 +92,17 @@ pub fn arrive<T: Tables, F: Flows>(tables: &T, flows: &F, node: &Uplink, outside
             }
             let forward = flow.flags & flow_flags::REDIRECT != 0;
             *to = flow.to;
-            follow(flows, packet, to);
+            // Somebody else may have the port of a connection that is over.
+            if !ended {
+                follow(flows, packet, to);
+            }
             return if forward { Action::Forward } else { Action::Rewrite };
         }
         // The client uses its port again: nothing of the old connection may lead the new one.
         *to = flow.to.reversed();
-        flows.remove_flow(to);
+        if flows.flow(to).is_some_and(|reply| reply.to == packet.tuple.reversed()) {
+            flows.remove_flow(to);
+        }
         flows.remove_flow(&packet.tuple);
     }
     if !packet.opens() || (packet.tuple.protocol != TCP && packet.tuple.protocol != UDP) {
@@ -162,7 +168,7 @@ fn open<T: Tables, F: Flows>(
     // Answers to pods come back here anyway; a pod that is led to itself wouldn't take them.
     let here = !outside || choice.slot_flags & slot_flags::LOCAL != 0 || choice.frontend_flags & frontend_flags::MASQUERADE_NEVER != 0;
     // The same client port may lead to the same backend by two frontends: the later connection gets another source then.
-    let kept = here && to.src != to.dst && flows.add_flow(&to.reversed(), &flow);
+    let kept = here && to.src != to.dst && claim(flows, &to.reversed(), &flow);
     if !kept {
         let mut source = flows.source_towards(&to.src, &to.dst);
         if source == Addr::default() {
@@ -187,11 +193,22 @@ fn masquerade<T: Tables, F: Flows>(tables: &T, flows: &F, source: Addr, reply: &
     while tries < TRIES {
         tries += 1;
         to.sport = Port::new((FIRST_PORT + scale(tables.random(), PORTS)) as u16);
-        if flows.add_flow(&to.reversed(), reply) {
+        let answers = to.reversed();
+        let added = if tries <= TRIES_FOR_UNUSED { flows.add_flow(&answers, reply) } else { claim(flows, &answers, reply) };
+        if added {
             return true;
         }
     }
     false
+}
+
+/// Adds the flow where there is none, or only that of a connection that is over.
+#[inline(always)]
+fn claim<F: Flows>(flows: &F, tuple: &Tuple, flow: &Flow) -> bool {
+    if flows.flow(tuple).is_some_and(|old| old.flags & flow_flags::CLOSED != 0) {
+        flows.remove_flow(tuple);
+    }
+    flows.add_flow(tuple, flow)
 }
 
 /// Notes the end of a TCP connection. `to` is what the packet becomes, so its reverse is the other direction's flow.

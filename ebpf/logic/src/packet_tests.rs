@@ -66,6 +66,21 @@ fn a_backend_elsewhere_sees_the_node_and_is_answered_through_it() {
     assert_eq!(arrives(&fake, packet("192.168.0.9:40001", NODE, SYN)).0, Action::Forward);
 }
 
+#[test]
+fn the_port_of_a_connection_that_is_over_serves_another() {
+    let (fake, other) = (node(false), "192.168.0.9:40001");
+    let (_, there) = arrives(&fake, packet(CLIENT, NODE, SYN));
+    arrives(&fake, packet(CLIENT, NODE, RST));
+    // The fake's chance never changes: the one port is asked for again.
+    assert_eq!(arrives(&fake, packet(other, NODE, SYN)), (Action::Forward, there));
+    let back = Packet { tuple: there.reversed(), tcp: SYN | ACK, part: Part::Whole };
+    assert_eq!(arrives(&fake, back), (Action::Forward, tuple(NODE, other)));
+    // What still comes of the old connection doesn't end the new one, nor does its client's next connection.
+    arrives(&fake, packet(CLIENT, NODE, RST));
+    assert_eq!(arrives(&fake, packet(CLIENT, NODE, SYN)).0, Action::Drop, "the port is taken");
+    assert_eq!(arrives(&fake, back), (Action::Forward, tuple(NODE, other)));
+}
+
 fn from_pod(fake: &Fake, packet: Packet) -> (Action, Tuple) {
     let mut to = Tuple::default();
     (arrive(fake, fake, &uplink(), false, &packet, &mut to), to)
