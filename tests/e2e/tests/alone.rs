@@ -136,7 +136,7 @@ impl Cluster {
     }
 
     fn dial(&mut self, from: Place, to: &str) -> Result<String> {
-        match self.world.ask(from, &Request::Dial { transport: Transport::Tcp, target: to.parse()? })? {
+        match self.world.ask(from, &Request::Dial { transport: Transport::Tcp, target: to.parse()?, patience: None })? {
             Reply::Answer { name, .. } => Ok(name),
             other => bail!("{from:?} to {to}: {other:?}"),
         }
