@@ -1,12 +1,13 @@
 //! `cargo xtask test`: everything that has to pass, from formatting to a two-node cluster in each proxy mode.
+use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use crate::cluster::Cluster;
 use crate::progress::step;
 use crate::tools::Upstream;
-use crate::{build_ebpf, down, paths, tidy, tools, up};
+use crate::{build_ebpf, down, images, paths, tidy, tools, up};
 
 const LAB: &str = "e2e";
 
@@ -40,7 +41,7 @@ pub fn run(options: &Options) -> Result<()> {
             // connections, so they can't outlive it: there the crash test has nothing to show.
             let tests: &[&str] = match (index, mode.as_str()) {
                 (_, "userspace") => &["services"],
-                (0, _) => &["workloads", "services", "crash"],
+                (0, _) => &["workloads", "images", "services", "crash"],
                 _ => &["services", "crash"],
             };
             end_to_end(mode, tests)?;
@@ -92,7 +93,20 @@ fn run_tests(cluster: &Cluster, tests: &[&str]) -> Result<()> {
     command.args(["test", "--package", "outrigger-e2e", "--no-fail-fast"]);
     command.args(tests.iter().flat_map(|test| ["--test", *test]));
     command.env("OUTRIGGER_LAB", cluster.directory()).env("OUTRIGGER_KUBECTL", tools::kubectl()?);
-    tools::show(command.env("OUTRIGGER_PROXY_MODE", &cluster.proxy_mode))
+    tools::show(command.env("OUTRIGGER_PROXY_MODE", &cluster.proxy_mode).env("OUTRIGGER_REGISTRY", registry()?))
+}
+
+/// A registry that can run anywhere: unpacked into the cache, not installed, since its package would start it at boot.
+fn registry() -> Result<PathBuf> {
+    let root = paths::cache().join("debian/docker-registry");
+    if !root.is_dir() {
+        let draft = root.with_file_name(format!(".docker-registry.{}", std::process::id())).join("root");
+        std::fs::create_dir_all(&draft).with_context(|| format!("create {}", draft.display()))?;
+        step("unpack a registry for the tests", |_| images::unpack(&draft, &["docker-registry"]))?;
+        std::fs::rename(&draft, &root).with_context(|| format!("install {}", root.display()))?;
+        std::fs::remove_dir_all(draft.with_file_name(""))?;
+    }
+    Ok(root.join("usr/bin/docker-registry"))
 }
 
 fn cargo() -> Command {
