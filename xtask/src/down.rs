@@ -13,5 +13,9 @@ pub struct Options {
 }
 
 pub fn run(options: &Options) -> Result<()> {
-    step(&format!("take the cluster {} down", options.name), |_| Lab::destroy(&options.name, &paths::lab(&options.name)))
+    let directory = paths::lab(&options.name);
+    step(&format!("take the cluster {} down", options.name), |_| Lab::destroy(&options.name, &directory))?;
+    // The folder of all clusters goes with the last one.
+    let _ = directory.parent().map(std::fs::remove_dir);
+    Ok(())
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
-use outrigger_lab::{Lab, Running, netns};
+use outrigger_lab::{Lab, Running, check_name, netns};
 use serde_json::Value;
 
 use crate::cluster::{CLUSTER_DNS, CLUSTER_DOMAIN, Cluster};
@@ -40,7 +40,6 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<()> {
     let started = Instant::now();
     ensure!(nix::unistd::geteuid().is_root(), "the lab makes namespaces, mounts and cgroups: run this as root");
-    check_name(&options.name)?;
     let cluster = start(options)?;
     let kubectl = Kubectl::new(tools::kubectl()?, &cluster.kubeconfig());
     if !options.no_demo {
@@ -49,18 +48,9 @@ pub fn run(options: &Options) -> Result<()> {
     summary(&cluster, &kubectl, options, started.elapsed())
 }
 
-/// Names become directories and cgroups, and sockets below them have to stay short.
-fn check_name(name: &str) -> Result<()> {
-    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-    ensure!(
-        !name.is_empty() && name.len() <= 20 && name.chars().all(allowed) && !name.starts_with('-'),
-        "{name:?} is no cluster name: use at most 20 of a-z, 0-9 and -"
-    );
-    Ok(())
-}
-
-/// Brings a cluster up to Ready nodes and an answering DNS; a half-failed start is taken away again.
+/// Brings a cluster up to Ready nodes and an answering DNS. What a failed start has made stays for a look.
 pub fn start(options: &Options) -> Result<Cluster> {
+    check_name(&options.name)?;
     tools::install_runtime()?;
     let kubectl = tools::kubectl()?;
     build_ebpf::run()?;

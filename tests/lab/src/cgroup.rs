@@ -86,6 +86,10 @@ impl Hierarchies {
         pids
     }
 
+    pub fn exists(&self, path: &str) -> bool {
+        self.roots().any(|root| root.join(path).exists())
+    }
+
     /// Ends every process in `path` and removes the cgroup from every hierarchy.
     pub fn destroy(&self, path: &str) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(20);
@@ -105,6 +109,13 @@ impl Hierarchies {
                 }
             }
             if left.is_empty() {
+                // What only groups labs goes with the last of them; it isn't empty as long as there is another.
+                let parents = Path::new(path).ancestors().skip(1).filter(|parent| !parent.as_os_str().is_empty());
+                for parent in parents {
+                    for root in self.roots() {
+                        let _ = fs::remove_dir(root.join(parent));
+                    }
+                }
                 return Ok(());
             }
             if Instant::now() > deadline {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
@@ -134,6 +134,7 @@ impl Lab {
 
     /// Takes away all that a lab left, however it ended: processes, cgroups, mounts and its directory.
     pub fn destroy(name: &str, directory: &Path) -> Result<()> {
+        check_name(name)?;
         if let Ok(running) = Running::read(directory) {
             let pid = Pid::from_raw(running.pid.cast_signed());
             if is_lab(running.pid, name) && kill(pid, Signal::SIGTERM).is_ok() {
@@ -141,7 +142,9 @@ impl Lab {
                 while is_lab(running.pid, name) && Instant::now() < deadline {
                     std::thread::sleep(Duration::from_millis(20));
                 }
-                let _ = kill(pid, Signal::SIGKILL);
+                if is_lab(running.pid, name) {
+                    let _ = kill(pid, Signal::SIGKILL);
+                }
             }
         }
         Hierarchies::detect()?.destroy(&Self::cgroup(name))?;
@@ -155,6 +158,16 @@ impl Lab {
         }
         fs::remove_dir_all(directory).with_context(|| format!("remove {}", directory.display()))
     }
+}
+
+/// Names become directories and cgroups, which are removed with all that is in them, and sockets below them have to stay short.
+pub fn check_name(name: &str) -> Result<()> {
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    ensure!(
+        !name.is_empty() && name.len() <= 20 && name.chars().all(allowed) && !name.starts_with('-'),
+        "{name:?} is no cluster name: use at most 20 of a-z, 0-9 and -"
+    );
+    Ok(())
 }
 
 /// Whether `pid` still is the first process of the lab `name`, and not another that got its number.

@@ -12,4 +12,4 @@ mod lab;
 pub mod netns;
 
 pub use host::{Host, HostSpec, Program};
-pub use lab::{Lab, LabSpec, Running, SUBNET_PREFIX, SWITCH};
+pub use lab::{Lab, LabSpec, Running, SUBNET_PREFIX, SWITCH, check_name};

@@ -56,9 +56,12 @@ impl World {
         if !nix::unistd::geteuid().is_root() {
             bail!("the Service scenarios make network namespaces and program their kernel tables: run them as root");
         }
-        let cgroup = cgroup2_root()?.join("outrigger-scenarios").join(format!("{name}-{}", std::process::id()));
+        let (cgroups, pins) = (cgroup2_root()?.join("outrigger-scenarios"), Path::new("/sys/fs/bpf/outrigger-scenarios"));
+        sweep(&cgroups, |cgroup| std::fs::remove_dir(cgroup));
+        sweep(pins, |pinned| std::fs::remove_dir_all(pinned));
+        let own = format!("{name}-{}", std::process::id());
+        let (cgroup, pin_dir) = (cgroups.join(&own), pins.join(&own));
         std::fs::create_dir_all(&cgroup).with_context(|| format!("make {}", cgroup.display()))?;
-        let pin_dir = PathBuf::from(format!("/sys/fs/bpf/outrigger-scenarios/{name}-{}", std::process::id()));
 
         let [pod_a, pod_b, quiet, node, remote, outside] = std::array::from_fn(|_| Namespace::new());
         let (pod_a, pod_b, quiet, node, remote, outside) = (pod_a?, pod_b?, quiet?, node?, remote?, outside?);
@@ -169,6 +172,18 @@ impl Drop for World {
         }
         let _ = std::fs::remove_dir(&self.cgroup);
         let _ = std::fs::remove_dir_all(&self.pin_dir);
+    }
+}
+
+/// Removes what worlds have left whose processes were killed; the number at the end of a name is that of its process.
+fn sweep(folder: &Path, remove: impl Fn(&Path) -> std::io::Result<()>) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.rsplit('-').next()?.parse::<u32>().ok());
+        if pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            // Another world may be doing the same.
+            let _ = remove(&entry.path());
+        }
     }
 }
 
