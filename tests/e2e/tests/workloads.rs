@@ -57,6 +57,18 @@ fn a_deployment_lives_and_ends() -> Result<()> {
 }
 
 #[test]
+fn a_container_hears_that_it_shall_end() -> Result<()> {
+    let lab = Lab::get()?;
+    let space = Namespace::create(&lab, "e2e-signals")?;
+    let patient = shell("patient").replace("terminationGracePeriodSeconds: 0", "terminationGracePeriodSeconds: 60");
+    let trap = r#"["sh", "-c", "trap 'exit 0' TERM; while true; do sleep 0.1; done"]"#;
+    space.apply(&patient.replace(r#"["sleep", "3600"]"#, trap))?;
+    space.run(&["wait", "pod/patient", "--for=condition=Ready", "--timeout=60s"])?;
+    space.run(&["delete", "pod", "patient", "--timeout=30s"])?;
+    Ok(())
+}
+
+#[test]
 fn logs_are_followed_and_commands_run() -> Result<()> {
     let lab = Lab::get()?;
     let space = Namespace::create(&lab, "e2e-streams")?;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::mount::{MsFlags, mount};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
@@ -16,6 +16,8 @@ use crate::host::{HostSpec, Program};
 
 /// The body of `lab init SPEC`; returns when the lab is gone.
 pub fn run(spec: &str) -> Result<()> {
+    // The lab waits for its signals blocked, which all that runs in the host would inherit, containers included.
+    SigSet::empty().thread_set_mask().context("unblock signals")?;
     let spec: HostSpec = serde_json::from_str(spec).context("parse the host's description")?;
     mounts(&spec).context("mount the host's file systems")?;
     for listener in spec.programs.iter().filter_map(|program| program.listener) {
