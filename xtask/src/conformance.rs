@@ -12,7 +12,7 @@ use serde::Deserialize;
 
 use crate::cluster::{Cluster, SECURE_PORT};
 use crate::progress::step;
-use crate::tools::{Upstream, run};
+use crate::tools::{self, Upstream, run};
 use crate::{down, images, paths, up};
 
 #[derive(clap::Args)]
@@ -49,51 +49,57 @@ pub struct Options {
 }
 
 pub fn run_suite(options: &Options) -> Result<()> {
+    tools::install_runtime()?;
     let suite = Upstream::E2eTest.get()?;
     let ginkgo = Upstream::Ginkgo.get()?;
     let images = images::build(&images::conformance::recipes())?;
-    let cluster = lab(options, &images)?;
     let report = options.report.clone().unwrap_or_else(|| paths::target().join("conformance"));
-    let _ = fs::remove_dir_all(&report);
     fs::create_dir_all(&report).with_context(|| format!("create {}", report.display()))?;
-    let outcome = phases(options, &cluster, &ginkgo, &suite, &report);
-    if !options.keep {
+    let found = Running::read(&paths::lab(&options.name)).is_ok_and(|running| running.is_alive());
+    let outcome = lab(options, found, &images).and_then(|cluster| phases(options, &cluster, &ginkgo, &suite, &report));
+    if !options.keep && !found {
         down::run(&down::Options { name: options.name.clone() })?;
     }
-    let specs = outcome?;
+    let (specs, not_run) = outcome?;
     let (table, failures) = render(&specs);
     fs::write(report.join("table.md"), &table)?;
     fs::write(report.join("failures.txt"), &failures)?;
     println!("{table}\nThe failures' messages are in {}.", report.join("failures.txt").display());
     let failed = specs.iter().filter(|spec| spec.outcome == Outcome::Failed).count();
-    ensure!(failed == 0, "{failed} spec(s) failed");
+    ensure!(!specs.is_empty(), "no spec ran: does any match --focus and --skip?");
+    ensure!(failed == 0 && not_run.is_empty(), "{failed} spec(s) failed{}", not_run.concat());
     Ok(())
 }
 
-fn lab(options: &Options, images: &[PathBuf]) -> Result<Cluster> {
-    let directory = paths::lab(&options.name);
-    if Running::read(&directory).is_ok_and(|running| running.is_alive()) {
-        let text = fs::read(directory.join("cluster.json")).context("read cluster.json")?;
-        return serde_json::from_slice(&text).context("parse cluster.json");
-    }
-    let cluster = up::start(&up::Options {
-        nodes: 2,
-        name: options.name.clone(),
-        proxy_mode: options.proxy_mode.clone(),
-        api_port: None,
-        no_demo: true,
-        profile: options.profile.clone(),
-    })?;
+/// The lab of that name as it was `found`, or a new one.
+fn lab(options: &Options, found: bool, images: &[PathBuf]) -> Result<Cluster> {
+    let cluster = if found {
+        let text = fs::read(paths::lab(&options.name).join("cluster.json")).context("read cluster.json")?;
+        serde_json::from_slice::<Cluster>(&text).context("parse cluster.json")?
+    } else {
+        up::start(&up::Options {
+            nodes: 2,
+            name: options.name.clone(),
+            proxy_mode: options.proxy_mode.clone(),
+            api_port: None,
+            no_demo: true,
+            profile: options.profile.clone(),
+        })?
+    };
+    ensure!(cluster.nodes >= 2, "the suite needs two nodes, and {} has {}", cluster.name, cluster.nodes);
+    let fits = options.proxy_mode == "auto" || cluster.proxy_mode == options.proxy_mode;
+    ensure!(fits, "{} was started with --proxy-mode {}", cluster.name, cluster.proxy_mode);
     step("import the suite's images", |bar| up::import(&cluster, images, bar))?;
     Ok(cluster)
 }
 
-fn phases(options: &Options, cluster: &Cluster, ginkgo: &Path, suite: &Path, report: &Path) -> Result<Vec<Spec>> {
+fn phases(options: &Options, cluster: &Cluster, ginkgo: &Path, suite: &Path, report: &Path) -> Result<(Vec<Spec>, Vec<String>)> {
     let conformance = if options.all { "" } else { "Conformance && " };
-    let mut specs = Vec::new();
+    let (mut specs, mut not_run) = (Vec::new(), Vec::new());
     for (phase, filter, procs) in [("parallel", "!Serial", options.procs), ("serial", "Serial", 1)] {
         let json = report.join(format!("{phase}.json"));
         let log = report.join(format!("{phase}.log"));
+        let _ = fs::remove_file(&json);
         step(&format!("run the {phase} specs ({})", log.display()), |_| {
             // Its exit code says only that a spec failed, which the report says better.
             let _ = phase_command(options, cluster, ginkgo, suite, report, &format!("{conformance}{filter}"), procs, phase)?
@@ -105,11 +111,15 @@ fn phases(options: &Options, cluster: &Cluster, ginkgo: &Path, suite: &Path, rep
             Ok(())
         })?;
         match fs::read(&json) {
-            Ok(text) => specs.extend(parse(&text)?),
+            Ok(text) => {
+                let (phase_specs, left) = parse(&text)?;
+                specs.extend(phase_specs);
+                not_run.extend(left.map(|left| format!("; {phase}: {left}")));
+            }
             Err(error) => bail!("the {phase} run made no report ({error}); see {}", log.display()),
         }
     }
-    Ok(specs)
+    Ok((specs, not_run))
 }
 
 #[expect(clippy::too_many_arguments, reason = "one call, and each argument is another part of one command line")]
@@ -158,6 +168,8 @@ enum Outcome {
 }
 
 struct Spec {
+    /// Not something that runs before or after the specs.
+    is_it: bool,
     sig: String,
     name: String,
     outcome: Outcome,
@@ -170,7 +182,18 @@ struct Spec {
 #[serde(rename_all = "PascalCase")]
 struct SuiteReport {
     #[serde(default)]
+    pre_run_stats: PreRunStats,
+    #[serde(default)]
+    special_suite_failure_reasons: Option<Vec<String>>,
+    #[serde(default)]
     spec_reports: Option<Vec<SpecReport>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct PreRunStats {
+    #[serde(default)]
+    specs_that_will_run: usize,
 }
 
 #[derive(Deserialize)]
@@ -192,10 +215,16 @@ struct Failure {
     message: String,
 }
 
-fn parse(text: &[u8]) -> Result<Vec<Spec>> {
+/// The specs that ran, and how many didn't and why.
+fn parse(text: &[u8]) -> Result<(Vec<Spec>, Option<String>)> {
     let suites: Vec<SuiteReport> = serde_json::from_slice(text).context("parse ginkgo's report")?;
+    let planned: usize = suites.iter().map(|suite| suite.pre_run_stats.specs_that_will_run).sum();
+    let reasons: Vec<_> = suites.iter().flat_map(|suite| suite.special_suite_failure_reasons.iter().flatten().cloned()).collect();
     let reports = suites.into_iter().flat_map(|suite| suite.spec_reports.unwrap_or_default());
-    Ok(reports.filter_map(spec).collect())
+    let specs: Vec<Spec> = reports.filter_map(spec).collect();
+    let left = planned.saturating_sub(specs.iter().filter(|spec| spec.is_it).count());
+    let left = (left > 0).then(|| format!("{left} of {planned} did not run ({})", reasons.join(", ")));
+    Ok((specs, left))
 }
 
 /// A line of the table; none for what the filters left out.
@@ -208,9 +237,10 @@ fn spec(report: SpecReport) -> Option<Spec> {
         "pending" => return None,
         _ => Outcome::Failed,
     };
+    let is_it = report.leaf_node_type == "It";
     let mut words = report.container_hierarchy_texts.unwrap_or_default();
     // What runs before and after the specs is listed only when it failed: then nothing else is worth reading.
-    if report.leaf_node_type != "It" {
+    if !is_it {
         if outcome == Outcome::Passed {
             return None;
         }
@@ -219,7 +249,7 @@ fn spec(report: SpecReport) -> Option<Spec> {
     words.push(report.leaf_node_text);
     let name = words.join(" ");
     let sig = name.split(['[', ']']).find(|word| word.starts_with("sig-")).unwrap_or("suite").to_owned();
-    Some(Spec { sig, name, outcome, time: Duration::from_nanos(report.run_time), message })
+    Some(Spec { is_it, sig, name, outcome, time: Duration::from_nanos(report.run_time), message })
 }
 
 fn render(specs: &[Spec]) -> (String, String) {
@@ -248,14 +278,15 @@ mod tests {
 
     #[test]
     fn a_report_becomes_a_table_and_messages() {
-        let text = r#"[{"SpecReports": [
+        let text = r#"[{"PreRunStats": {"SpecsThatWillRun": 5}, "SpecialSuiteFailureReasons": ["Suite Timeout Elapsed"], "SpecReports": [
             {"ContainerHierarchyTexts": ["[sig-node] Pods"], "LeafNodeType": "It", "LeafNodeText": "run", "State": "passed", "RunTime": 2000000000},
             {"ContainerHierarchyTexts": ["[sig-node] Pods"], "LeafNodeType": "It", "LeafNodeText": "stop", "State": "timedout", "RunTime": 1000000000, "Failure": {"Message": "too slow"}},
             {"ContainerHierarchyTexts": ["[sig-apps] Job"], "LeafNodeType": "It", "LeafNodeText": "left out", "State": "skipped"},
             {"ContainerHierarchyTexts": ["[sig-apps] Job"], "LeafNodeType": "It", "LeafNodeText": "gives up", "State": "skipped", "Failure": {"Message": "needs two zones"}},
             {"ContainerHierarchyTexts": null, "LeafNodeType": "SynchronizedBeforeSuite", "LeafNodeText": "", "State": "passed"}
         ]}]"#;
-        let specs = parse(text.as_bytes()).expect("the report is well formed");
+        let (specs, left) = parse(text.as_bytes()).expect("the report is well formed");
+        assert_eq!(left.as_deref(), Some("2 of 5 did not run (Suite Timeout Elapsed)"));
         let (table, failures) = render(&specs);
         assert!(table.contains("| sig-node | 1 | 1 | 0 | 3 |"), "{table}");
         assert!(table.contains("| sig-apps | 0 | 0 | 1 | 0 |"), "{table}");
