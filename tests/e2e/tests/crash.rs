@@ -57,6 +57,38 @@ fn restarts(space: &Namespace<'_>) -> Result<Vec<(String, u64)>> {
     Ok(pods["items"].as_array().context("no items")?.iter().map(line).collect())
 }
 
+/// Kills the program among writes, waits until another process of it works, and gives what was acknowledged.
+fn crash(space: &Namespace<'_>, host: &str, program: &str, prefix: &str) -> Result<Vec<String>> {
+    let running = space.lab.running.host(host)?;
+    let (killed, renewed) = (running.processes(program)?, renewal(space, host)?);
+    let acknowledged = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let names = (0..12).map(|number| format!("{prefix}-{number}"));
+            names.filter(|name| space.run(&["create", "configmap", name, "--from-literal=a=b"]).is_ok()).collect::<Vec<_>>()
+        });
+        std::thread::sleep(Duration::from_millis(300));
+        space.lab.kill(host, program)?;
+        writer.join().map_err(|_| anyhow::anyhow!("the writer panicked"))
+    })?;
+    ensure!(!acknowledged.is_empty(), "nothing was written around the crash");
+    eventually(PATIENCE, || {
+        let now = running.processes(program)?;
+        ensure!(!now.is_empty() && now.iter().all(|pid| !killed.contains(pid)), "{program} on {host} did not come back");
+        Ok(())
+    })?;
+    eventually(PATIENCE, || {
+        ensure!(renewal(space, host)? > renewed, "the node's lease is not renewed");
+        Ok(())
+    })?;
+    Ok(acknowledged)
+}
+
+/// When the node's agent renewed its lease last.
+fn renewal(space: &Namespace<'_>, node: &str) -> Result<String> {
+    let lease = space.lab.json(&["get", "lease", "--namespace=kube-node-lease", node])?;
+    Ok(lease["spec"]["renewTime"].as_str().context("no renewTime")?.to_owned())
+}
+
 #[test]
 fn killed_parts_come_back_and_nothing_is_lost() -> Result<()> {
     let lab = Lab::get()?;
@@ -71,11 +103,11 @@ fn killed_parts_come_back_and_nothing_is_lost() -> Result<()> {
 
     for (host, program) in [("node-1", "outrigger-control"), ("node-1", "outrigger-node"), ("node-2", "outrigger-node")] {
         for round in 0..2 {
-            // Written right before the crash: what was acknowledged must be there after it.
-            let name = format!("kept-{program}-{host}-{round}");
-            space.run(&["create", "configmap", &name, "--from-literal=a=b"])?;
-            lab.kill(host, program)?;
-            eventually(PATIENCE, || space.run(&["get", "configmap", &name])).with_context(|| format!("{name} is lost"))?;
+            let prefix = format!("kept-{program}-{host}-{round}");
+            let acknowledged = crash(&space, host, program, &prefix)?;
+            for name in &acknowledged {
+                eventually(PATIENCE, || space.run(&["get", "configmap", name])).with_context(|| format!("{name} is lost"))?;
+            }
             eventually(PATIENCE, || lab.run(&["wait", "node", "--all", "--for=condition=Ready", "--timeout=5s"]))?;
             talk.goes_on().with_context(|| format!("after {program} on {host} was killed"))?;
         }
