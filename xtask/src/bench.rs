@@ -115,7 +115,14 @@ fn pods(count: usize, parallel: usize) -> Result<()> {
         api_port: None,
         no_demo: true,
         profile: "release".into(),
-    })?;
+    });
+    let cluster = match cluster {
+        Ok(cluster) => cluster,
+        Err(error) => {
+            down::run(&down::Options { name: NAME.into() })?;
+            return Err(error);
+        }
+    };
     let output = Command::new(paths::target().join("release/pods"))
         .arg("--kubeconfig")
         .arg(cluster.kubeconfig())

@@ -14,6 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
 use crate::debian::{self, Part};
+use crate::paths;
 
 const BPF_LINKER: &str = "0.13.0";
 /// The Debian suite that carries `rust-src` for the pinned toolchain.
@@ -24,9 +25,9 @@ const SOURCES: [&str; 3] = ["ebpf/abi", "ebpf/logic", "ebpf/programs"];
 
 /// Builds the eBPF object unless it is up to date. Idempotent, safe to interrupt and to run in parallel.
 pub fn run() -> Result<()> {
-    let workspace = workspace_root()?;
+    let workspace = paths::workspace();
     let rust = Rust::probe(&workspace)?;
-    let cache = cache_root()?;
+    let cache = paths::cache();
     let out = workspace.join("target/bpf");
     fs::create_dir_all(&cache).with_context(|| format!("create the cache folder {}", cache.display()))?;
     fs::create_dir_all(&out).with_context(|| format!("create {}", out.display()))?;
@@ -79,19 +80,6 @@ impl Rust {
         let major = version.split('.').next().and_then(|major| major.parse().ok());
         major.with_context(|| format!("LLVM version {version:?} is not a number"))
     }
-}
-
-fn workspace_root() -> Result<PathBuf> {
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
-    Ok(manifest.parent().context("xtask's manifest has no parent folder")?.to_path_buf())
-}
-
-fn cache_root() -> Result<PathBuf> {
-    if let Some(dir) = std::env::var_os("OUTRIGGER_CACHE") {
-        return Ok(PathBuf::from(dir));
-    }
-    let home = std::env::var_os("HOME").context("HOME is not set: set OUTRIGGER_CACHE to a folder for downloaded tools")?;
-    Ok(PathBuf::from(home).join(".cache/outrigger"))
 }
 
 /// The library source that `-Z build-std` compiles `core` from. Order: the toolchain's own component, the cache, Debian's

@@ -34,8 +34,9 @@ pub fn run(options: &Options) -> Result<()> {
         println!("unit and scenario tests");
         tools::show(cargo().args(["test", "--workspace", "--exclude", "outrigger-e2e", "--no-fail-fast"]))?;
     }
+    let mut left_out = None;
     if !options.no_e2e {
-        alone()?;
+        left_out = alone()?;
         for (index, mode) in options.modes.iter().enumerate() {
             // What does not depend on the mode runs in the first one. In userspace mode the agent itself carries the
             // connections, so they can't outlive it: there the crash test has nothing to show.
@@ -47,15 +48,17 @@ pub fn run(options: &Options) -> Result<()> {
             end_to_end(mode, tests)?;
         }
     }
+    if let Some(what) = left_out {
+        println!("{what}");
+    }
     Ok(())
 }
 
-/// The Service proxy by itself, against upstream's own API server.
-fn alone() -> Result<()> {
+/// The Service proxy by itself, against upstream's own API server. Gives what has to be said at the end.
+fn alone() -> Result<Option<&'static str>> {
     let upstream = [Upstream::KubeApiserver, Upstream::Etcd, Upstream::Kubectl];
     if tools::find("go").is_none() && !upstream.into_iter().all(Upstream::is_cached) {
-        println!("NOT TESTED: the Service proxy alone. Its API server is built from Go modules: install Go 1.25 or later");
-        return Ok(());
+        return Ok(Some("NOT TESTED: the Service proxy alone. Its API server is built from Go modules: install Go 1.25 or later"));
     }
     println!("the Service proxy alone, against kube-apiserver {}", tools::UPSTREAM);
     let upstream = upstream.map(Upstream::get);
@@ -63,7 +66,8 @@ fn alone() -> Result<()> {
     tools::run(cargo().args(["build", "--package", "outrigger-node", "--package", "outrigger-scenarios"]))?;
     let mut command = cargo();
     command.args(["test", "--package", "outrigger-e2e", "--test", "alone"]).env("OUTRIGGER_BIN", paths::target().join("debug"));
-    tools::show(command.env("OUTRIGGER_UPSTREAM", programs[0].parent().unwrap_or(&programs[0])))
+    tools::show(command.env("OUTRIGGER_UPSTREAM", programs[0].parent().unwrap_or(&programs[0])))?;
+    Ok(None)
 }
 
 fn end_to_end(mode: &str, tests: &[&str]) -> Result<()> {

@@ -1,6 +1,7 @@
 //! Installs what is missing: Debian packages, and upstream's tools built from the Go modules that `tests/conformance` pins.
 use std::env;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -13,14 +14,18 @@ use crate::progress::step;
 pub const UPSTREAM: &str = "v1.35.4";
 
 /// A program and the Debian package that brings it.
-const PROGRAMS: [(&str, &str); 7] = [
+const PROGRAMS: [(&str, &str); 10] = [
     ("containerd", "containerd"),
     ("runc", "runc"),
     ("nft", "nftables"),
     ("ip", "iproute2"),
     ("conntrack", "conntrack"),
     ("nsenter", "util-linux"),
-    ("cc", "build-essential"),
+    ("sysctl", "procps"),
+    ("bzip2", "bzip2"),
+    // Also the C++ library, which bpf-linker is linked with.
+    ("c++", "build-essential"),
+    ("make", "build-essential"),
 ];
 
 /// What `cargo xtask up` needs beside the Rust toolchain.
@@ -36,11 +41,13 @@ pub fn install(programs: &[(&str, &str)]) -> Result<()> {
     }
     step(&format!("install {}", missing.join(", ")), |_| {
         // A container runtime's package starts its service; the lab runs its own, so services stay off while we install.
+        const POLICY: &str = "#!/bin/sh\n# Made by `cargo xtask`, which removes it again.\nexit 101\n";
         let policy = Path::new("/usr/sbin/policy-rc.d");
-        let ours = !policy.exists();
+        // Also one that an interrupted run has left.
+        let ours = fs::read_to_string(policy).map_or(true, |text| text == POLICY);
         if ours {
-            fs::write(policy, "#!/bin/sh\nexit 101\n").context("write /usr/sbin/policy-rc.d: run as root")?;
-            run(Command::new("chmod").args(["755", "/usr/sbin/policy-rc.d"]))?;
+            fs::write(policy, POLICY).context("write /usr/sbin/policy-rc.d: run as root")?;
+            fs::set_permissions(policy, fs::Permissions::from_mode(0o755)).context("make /usr/sbin/policy-rc.d executable")?;
         }
         let result = run(Command::new("apt-get").args(["update", "-q"])).and_then(|()| {
             run(Command::new("apt-get")

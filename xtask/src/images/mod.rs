@@ -111,14 +111,19 @@ pub fn unpack(root: &Path, packages: &[&str]) -> Result<()> {
     // apt drops its privileges for downloads, which then can't write to a folder of root's.
     let mut download = Command::new("apt-get");
     download.current_dir(&downloads).args(["download", "-q", "-o", "APT::Sandbox::User=root"]).args(packages);
-    if run(&mut download).is_err() {
-        run(Command::new("apt-get").args(["update", "-q"]))?;
-        run(&mut download)?;
-    }
+    or_after_update(|| run(&mut download))?;
     for entry in fs::read_dir(&downloads)? {
         run(Command::new("dpkg").arg("--extract").arg(entry?.path()).arg(root))?;
     }
     Ok(())
+}
+
+/// Does it again after `apt-get update` when it fails: the lists may be old, or missing.
+fn or_after_update<T>(mut action: impl FnMut() -> Result<T>) -> Result<T> {
+    action().or_else(|_| {
+        run(Command::new("apt-get").args(["update", "-q"]))?;
+        action()
+    })
 }
 
 /// The accounts that a container's `user` may name, and the folders that every image has.
@@ -138,7 +143,7 @@ pub fn unpack_closure(root: &Path, packages: &[&str]) -> Result<()> {
     let mut list = Command::new("apt-get");
     // With an empty status file apt takes nothing for installed, so the list is complete.
     list.args(["install", "--yes", "--print-uris", "--no-install-recommends", "-q", "-o", "Dir::State::status=/dev/null"]).args(packages);
-    let listed = tools::output(&mut list)?;
+    let listed = or_after_update(|| tools::output(&mut list))?;
     let files = listed.lines().filter_map(|line| line.split(' ').nth(1)).filter(|file| file.ends_with(".deb"));
     let names: Vec<&str> = files.filter_map(|file| file.split('_').next()).collect();
     unpack(root, &names)
