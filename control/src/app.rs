@@ -23,7 +23,7 @@ pub async fn run(options: config::Run) -> anyhow::Result<()> {
     let store = embedded::open(EmbeddedConfig::new(options.data_dir.join("store.redb"))).context("opening the store")?;
     let config = Config::new(pki, options.service_cluster_ip_range.clone(), advertise, options.secure_port);
     let listeners = listeners(&options).await?;
-    let api = ApiServer::start(config, store).await.context("starting the API server")?;
+    let api = ApiServer::start(config, store.clone()).await.context("starting the API server")?;
     let (stop_loops, loops_stop) = tokio::sync::watch::channel(false);
     let loops = crate::loops::start(&api, &options, loops_stop);
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -31,6 +31,8 @@ pub async fn run(options: config::Run) -> anyhow::Result<()> {
     tokio::pin!(serving);
     tokio::select! {
         outcome = &mut serving => return outcome.context("serving"),
+        // What was acknowledged is on the disk; whoever started this process starts it again.
+        error = store.failure() => return Err(error).context("the store has failed"),
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }

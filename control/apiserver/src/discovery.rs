@@ -302,7 +302,7 @@ fn discovered(resource: &Resource) -> Value {
 fn health(engine: &Engine, endpoint: &str, rest: &[&str], query: &Query) -> Result<Response, Status> {
     let ready = engine.ready.load(Ordering::Acquire);
     let stopping = *engine.stop.borrow();
-    let mut checks: Vec<(&str, bool)> = vec![("ping", true), ("log", true), ("etcd", true)];
+    let mut checks: Vec<(&str, bool)> = vec![("ping", true), ("log", true), ("etcd", engine.store.health().is_ok())];
     if endpoint == "readyz" {
         checks.push(("informer-sync", true));
         checks.push(("shutdown", !stopping));

@@ -297,6 +297,12 @@ pub trait Store: Send + Sync + 'static {
 
     /// Bytes the store takes on disk (or in memory).
     fn size(&self) -> BoxFuture<'_, Result<u64, StoreError>>;
+
+    /// An error when the store has failed for good: only opening it anew helps.
+    fn health(&self) -> Result<(), StoreError>;
+
+    /// Ends when the store has failed for good, with the reason.
+    fn failure(&self) -> BoxFuture<'_, StoreError>;
 }
 
 impl dyn Store {

@@ -280,4 +280,12 @@ impl Store for Memory {
         }
         .boxed()
     }
+
+    fn health(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    fn failure(&self) -> BoxFuture<'_, StoreError> {
+        std::future::pending().boxed()
+    }
 }

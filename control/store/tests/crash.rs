@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use outrigger_store::embedded::{self, EmbeddedConfig};
-use outrigger_store::{Expect, Op, RangeRequest, Store, WatchRequest, WriteOutcome};
+use outrigger_store::{Expect, Op, RangeRequest, Store, StoreError, WatchRequest, WriteOutcome};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use redb::StorageBackend;
@@ -35,6 +35,8 @@ fn main() {
         cut_power_loses_nothing(&runtime, &mut random);
     }
     println!("cut_power_loses_nothing ... ok");
+    failing_disk_is_reported(&runtime);
+    println!("failing_disk_is_reported ... ok");
 }
 
 fn config_for(path: &std::path::Path) -> EmbeddedConfig {
@@ -244,5 +246,28 @@ fn cut_power_loses_nothing(runtime: &tokio::runtime::Runtime, random: &mut StdRn
         // And it can be written on.
         let outcome = store.write(Op::delete("/k/0", Expect::Any)).await.unwrap();
         assert!(matches!(outcome, WriteOutcome::Done { .. }));
+    });
+}
+
+fn failing_disk_is_reported(runtime: &tokio::runtime::Runtime) {
+    let config = config_for(std::path::Path::new("unused"));
+    let disk = DiskHandle(Arc::default());
+    let store = embedded::open_storage(disk.clone(), &config).unwrap();
+    runtime.block_on(async {
+        store.write(Op::put("/k", Bytes::from_static(b"kept"))).await.unwrap();
+        assert!(store.health().is_ok());
+        disk.with(|state| state.syncs_left = Some(0));
+        assert!(store.write(Op::put("/k", Bytes::from_static(b"refused"))).await.is_err());
+        assert!(matches!(store.failure().await, StoreError::Backend { .. }));
+        assert!(store.health().is_err());
+    });
+    drop(store);
+    // The disk works again: what was acknowledged is there, and the store can be written.
+    disk.with(|state| state.syncs_left = None);
+    let store = embedded::open_storage(disk, &config).unwrap();
+    runtime.block_on(async {
+        check(&*store, &BTreeMap::from([("/k".to_owned(), 1)])).await;
+        store.write(Op::put("/k", Bytes::from_static(b"new"))).await.unwrap();
+        assert!(store.health().is_ok());
     });
 }

@@ -66,12 +66,13 @@ fn start(storage: impl StorageBackend, config: &EmbeddedConfig) -> Result<Embedd
     let tables = Arc::new(Tables::open(database)?);
     let hub = Arc::new(Hub::new(tables.revision()?));
     let (queue, commands) = mpsc::channel();
-    let writer = Writer::new(Arc::clone(&tables), Arc::clone(&hub), config)?;
+    let (failed, failure) = tokio::sync::watch::channel(None);
+    let writer = Writer::new(Arc::clone(&tables), Arc::clone(&hub), failed, config)?;
     let thread = std::thread::Builder::new()
         .name("store-writer".to_owned())
         .spawn(move || writer.run(&commands))
         .map_err(backend("start the store's writer"))?;
-    Ok(Embedded { tables, hub, path: None, queue: Some(queue), thread: Some(thread) })
+    Ok(Embedded { tables, hub, path: None, failure, queue: Some(queue), thread: Some(thread) })
 }
 
 fn open_file(path: &Path) -> std::io::Result<File> {
@@ -93,6 +94,8 @@ struct Embedded {
     tables: Arc<Tables>,
     hub: Arc<Hub>,
     path: Option<PathBuf>,
+    /// Set by the writer, and closed when it ends, as by a panic.
+    failure: tokio::sync::watch::Receiver<Option<StoreError>>,
     /// `None` only while dropping.
     queue: Option<mpsc::Sender<Command>>,
     thread: Option<JoinHandle<()>>,
@@ -165,6 +168,24 @@ impl Store for Embedded {
                 Some(path) => Ok(std::fs::metadata(path).map_err(backend("measure the store's file"))?.len()),
                 None => self.tables.stored_bytes(),
             }
+        }
+        .boxed()
+    }
+
+    fn health(&self) -> Result<(), StoreError> {
+        let failure = self.failure.borrow().clone();
+        match failure {
+            Some(error) => Err(error),
+            None if self.failure.has_changed().is_err() => Err(StoreError::Closed),
+            None => Ok(()),
+        }
+    }
+
+    fn failure(&self) -> BoxFuture<'_, StoreError> {
+        async move {
+            let mut failure = self.failure.clone();
+            let failed = failure.wait_for(Option::is_some).await.map(|error| error.clone());
+            failed.ok().flatten().unwrap_or(StoreError::Closed)
         }
         .boxed()
     }

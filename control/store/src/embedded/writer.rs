@@ -5,7 +5,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use redb::{ReadableTable, Table, WriteTransaction};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use super::tables::{COMPACTED, EXPIRIES, LOG, META, REVISION, Record, Tables, VERSIONS, corrupt, latest};
 use super::{EmbeddedConfig, backend};
@@ -32,6 +32,7 @@ type QueuedWrite = (Vec<Op>, Answer<TxnOutcome>);
 pub(super) struct Writer {
     tables: Arc<Tables>,
     hub: Arc<Hub>,
+    failed: watch::Sender<Option<StoreError>>,
     keep_age: Duration,
     keep_revisions: u64,
     revision: Revision,
@@ -55,11 +56,17 @@ struct Group {
 }
 
 impl Writer {
-    pub(super) fn new(tables: Arc<Tables>, hub: Arc<Hub>, config: &EmbeddedConfig) -> Result<Self, StoreError> {
+    pub(super) fn new(
+        tables: Arc<Tables>,
+        hub: Arc<Hub>,
+        failed: watch::Sender<Option<StoreError>>,
+        config: &EmbeddedConfig,
+    ) -> Result<Self, StoreError> {
         let (revision, compacted, next_expiry) = (tables.revision()?, tables.compacted()?, tables.next_expiry()?);
         Ok(Self {
             tables,
             hub,
+            failed,
             keep_age: config.keep_age,
             keep_revisions: config.keep_revisions,
             revision,
@@ -128,6 +135,10 @@ impl Writer {
                 self.compact_to = self.compacted;
                 for (_, answer) in self.compact_waiters.drain(..) {
                     let _ = answer.send(Err(error.clone()));
+                }
+                // After an I/O error the database refuses everything until it's opened anew, which its readers stand in the way of.
+                if self.tables.database.begin_write().is_err() {
+                    self.failed.send_replace(Some(error));
                 }
             }
         }
