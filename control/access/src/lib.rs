@@ -6,6 +6,7 @@
 pub mod attributes;
 pub mod authn;
 pub mod bootstrap;
+pub mod csr;
 mod files;
 pub mod kubeconfig;
 pub mod node;

@@ -12,9 +12,10 @@ use rcgen::{
     KeyPair, KeyUsagePurpose,
 };
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer};
-use x509_parser::prelude::{FromDer, GeneralName, X509Certificate, X509CertificationRequest};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
+use crate::csr::{self, Csr};
 use crate::files;
 pub use crate::tls::client_cert_acceptor;
 
@@ -34,7 +35,7 @@ pub enum PkiError {
     Invalid { what: String, reason: String },
 }
 
-fn invalid<E: std::fmt::Display>(what: impl Into<String>) -> impl FnOnce(E) -> PkiError {
+pub(crate) fn invalid<E: std::fmt::Display>(what: impl Into<String>) -> impl FnOnce(E) -> PkiError {
     let what = what.into();
     move |reason| PkiError::Invalid { what, reason: reason.to_string() }
 }
@@ -220,10 +221,12 @@ impl Pki {
 
     /// Signs a PEM CSR as the `kubernetes.io/*` signers do; returns the certificate's PEM. `usages` as in a CertificateSigningRequest's spec.
     pub fn sign_csr(&self, csr_pem: &str, usages: &[String], lifetime: Duration) -> Result<String, PkiError> {
-        let mut csr = CertificateSigningRequestParams::from_pem(csr_pem).map_err(invalid("certificate signing request"))?;
-        let request = csr_subject(csr_pem)?;
+        let der = csr::der(csr_pem.as_bytes())?;
+        let mut csr = CertificateSigningRequestParams::from_der(&der).map_err(invalid("certificate signing request"))?;
+        // Read again because rcgen keeps only one organization.
+        let Csr { common_name, organizations, .. } = Csr::from_der(&der)?;
         let params = &mut csr.params;
-        params.distinguished_name = request.subject()?;
+        params.distinguished_name = CertRequest { common_name, organizations, ..CertRequest::default() }.subject()?;
         params.is_ca = IsCa::ExplicitNoCa;
         params.use_authority_key_identifier_extension = true;
         params.key_usages.clear();
@@ -247,19 +250,6 @@ pub fn issue_from(dir: &std::path::Path, request: &CertRequest) -> Result<(Strin
     let ca = Authority::open(dir, "ca", "kubernetes")?;
     let identity = ca.issue(request)?;
     Ok((ca.cert_pem, identity))
-}
-
-/// The subject, read again because rcgen keeps only one organization.
-fn csr_subject(csr_pem: &str) -> Result<CertRequest, PkiError> {
-    let der = CertificateSigningRequestDer::from_pem_slice(csr_pem.as_bytes()).map_err(invalid("certificate signing request"))?;
-    let (_, csr) = X509CertificationRequest::from_der(&der).map_err(invalid("certificate signing request"))?;
-    let subject = &csr.certification_request_info.subject;
-    let text = |name: &x509_parser::x509::AttributeTypeAndValue<'_>| name.as_str().unwrap_or_default().to_owned();
-    Ok(CertRequest {
-        common_name: subject.iter_common_name().next().map(text).unwrap_or_default(),
-        organizations: subject.iter_organization().map(text).collect(),
-        ..CertRequest::default()
-    })
 }
 
 enum Usage {

@@ -9,6 +9,7 @@ use k8s_openapi::api::certificates::v1::{CertificateSigningRequest, CertificateS
 use kube::Api;
 use kube::api::{DeleteParams, PostParams};
 use kube::core::Request;
+use outrigger_access::csr::Csr;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
@@ -63,22 +64,16 @@ async fn sync(informers: Arc<Informers>, config: Arc<Config>, key: Key) -> Outco
     Ok(None)
 }
 
-/// What a node's request for a client certificate must look like, whoever sends it.
-fn is_kubelet_client(request: &CertificateSigningRequest) -> bool {
-    let usages = request.spec.usages.clone().unwrap_or_default();
-    let allowed = ["key encipherment", "digital signature", "client auth"];
-    usages.iter().all(|usage| allowed.contains(&usage.as_str())) && usages.iter().any(|usage| usage == "client auth")
-}
-
 /// Approves if the requester may: for itself as a node, or as one that brings nodes in.
 async fn approve(informers: &Informers, request: &CertificateSigningRequest) -> Outcome {
     let user = request.spec.username.clone().unwrap_or_default();
     // Nobody can be asked whether they may if they aren't named.
-    if !is_kubelet_client(request) || user.is_empty() {
+    if fits(request).is_err() || user.is_empty() {
         return Ok(None);
     }
+    let Ok(asked) = Csr::from_pem(&request.spec.request.0) else { return Ok(None) };
     let recognizers = [
-        ("selfnodeclient", user.starts_with("system:node:"), "Auto approving self kubelet client certificate after SubjectAccessReview."),
+        ("selfnodeclient", user == asked.common_name, "Auto approving self kubelet client certificate after SubjectAccessReview."),
         ("nodeclient", true, "Auto approving kubelet client certificate after SubjectAccessReview."),
     ];
     for (subresource, applies, message) in recognizers {
@@ -136,7 +131,7 @@ async fn sign(informers: &Informers, config: &Config, request: &CertificateSigni
     let Some(signer) = config.sign_certificate.as_ref().filter(|_| ours) else { return Ok(None) };
     let mut updated = request.clone();
     let status: &mut CertificateSigningRequestStatus = updated.status.get_or_insert_default();
-    match usages_fit(request).and_then(|()| signer(request)) {
+    match fits(request).and_then(|()| signer(request)) {
         Ok(certificate) => status.certificate = Some(ByteString(certificate)),
         Err(problem) => {
             warn!(request = name(&request.metadata), %problem, "can't sign the request");
@@ -156,20 +151,27 @@ async fn sign(informers: &Informers, config: &Config, request: &CertificateSigni
     Ok(None)
 }
 
-/// Each signer issues certificates for one purpose only.
-fn usages_fit(request: &CertificateSigningRequest) -> Result<(), String> {
+/// What each signer demands of a request; the error says what doesn't fit.
+fn fits(request: &CertificateSigningRequest) -> Result<(), String> {
     let usages = request.spec.usages.clone().unwrap_or_default();
-    let needed = match request.spec.signer_name.as_str() {
-        CLIENT_KUBELET | CLIENT => Some("client auth"),
-        SERVING => Some("server auth"),
-        _ => None,
-    };
-    let Some(needed) = needed else { return Ok(()) };
-    let allowed = ["key encipherment", "digital signature", needed];
-    if usages.iter().any(|usage| usage == needed) && usages.iter().all(|usage| allowed.contains(&usage.as_str())) {
+    let asked = || Csr::from_pem(&request.spec.request.0).map_err(|error| error.to_string());
+    match request.spec.signer_name.as_str() {
+        CLIENT_KUBELET => asked()?.check_kubelet_client(&usages),
+        SERVING => asked()?.check_kubelet_serving(&usages),
+        CLIENT => check_client_usages(&usages),
+        _ => Ok(()),
+    }
+}
+
+fn check_client_usages(usages: &[String]) -> Result<(), String> {
+    let allowed = ["digital signature", "key encipherment", "client auth"];
+    if let Some(other) = usages.iter().find(|usage| !allowed.contains(&usage.as_str())) {
+        return Err(format!("invalid usage for client certificate: {other}"));
+    }
+    if usages.iter().any(|usage| usage == "client auth") {
         return Ok(());
     }
-    Err(format!("invalid usage for {} certificate: {:?} not allowed", if needed == "client auth" { "client" } else { "server" }, usages))
+    Err("missing required usage for client certificate: client auth".to_owned())
 }
 
 async fn clean(informers: Arc<Informers>) {
@@ -208,6 +210,26 @@ mod tests {
 
     use super::*;
 
+    /// O system:nodes, CN system:node:a.
+    const NODE: &str = "-----BEGIN CERTIFICATE REQUEST-----
+MIHpMIGRAgEAMC8xFTATBgNVBAoMDHN5c3RlbTpub2RlczEWMBQGA1UEAwwNc3lz
+dGVtOm5vZGU6YTBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABNwBn1p58Ou4vrk4
+Dd4CS5ybBsQ6gSoQMjDgWpWDmijJ/kB1LUYkvE9y1OO+OaItBaufbr2Dk6kvEKuz
+T00CO6+gADAKBggqhkjOPQQDAgNHADBEAiAci8QMMDab7ymvZfiBResR8p56JrD/
+wLWOOV8IO4LFUgIgdxUvMOMrY2k5Hfq8wCn+dhQa/RMVT2xFpFRzdEIMz/A=
+-----END CERTIFICATE REQUEST-----
+";
+    /// The same with a DNS name and an address.
+    const NODE_SERVING: &str = "-----BEGIN CERTIFICATE REQUEST-----
+MIIBDzCBtgIBADAvMRUwEwYDVQQKDAxzeXN0ZW06bm9kZXMxFjAUBgNVBAMMDXN5
+c3RlbTpub2RlOmEwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAATcAZ9aefDruL65
+OA3eAkucmwbEOoEqEDIw4FqVg5ooyf5AdS1GJLxPctTjvjmiLQWrn269g5OpLxCr
+s09NAjuvoCUwIwYJKoZIhvcNAQkOMRYwFDASBgNVHREECzAJggFhhwQKAAABMAoG
+CCqGSM49BAMCA0gAMEUCIGqVtVYsjOHJVEsbpc1zJ7IpXaN7czuevFl4Hs4BHUNC
+AiEAlhMz7o2QzHfLADBsaXjSznfqW3iqO/lmWVc05OMxZKg=
+-----END CERTIFICATE REQUEST-----
+";
+
     fn request(signer: &str, usages: &[&str]) -> CertificateSigningRequest {
         CertificateSigningRequest {
             spec: CertificateSigningRequestSpec {
@@ -220,16 +242,24 @@ mod tests {
     }
 
     #[test]
-    fn signers_have_one_purpose() {
+    fn signers_have_one_purpose_and_subject() {
+        let (client, serving) = (vec!["digital signature", "client auth"], vec!["key encipherment", "digital signature", "server auth"]);
         let cases = [
-            (CLIENT_KUBELET, vec!["digital signature", "client auth"], true),
-            (CLIENT_KUBELET, vec!["server auth"], false),
-            (SERVING, vec!["key encipherment", "digital signature", "server auth"], true),
-            (CLIENT, vec!["client auth", "server auth"], false),
-            (LEGACY, vec!["server auth"], true),
+            (CLIENT_KUBELET, NODE, client.clone(), true),
+            (CLIENT_KUBELET, NODE, vec!["server auth"], false),
+            (CLIENT_KUBELET, NODE_SERVING, client.clone(), false),
+            (CLIENT_KUBELET, "", client.clone(), false),
+            (SERVING, NODE_SERVING, serving.clone(), true),
+            (SERVING, NODE, serving.clone(), false),
+            (CLIENT, NODE, client, true),
+            (CLIENT, NODE, vec!["client auth", "server auth"], false),
+            (CLIENT, NODE, vec!["digital signature"], false),
+            (LEGACY, NODE, serving, true),
         ];
-        for (signer, usages, fits) in cases {
-            assert_eq!(usages_fit(&request(signer, &usages)).is_ok(), fits, "{signer} {usages:?}");
+        for (signer, pem, usages, fit) in cases {
+            let mut request = request(signer, &usages);
+            request.spec.request = ByteString(pem.as_bytes().to_vec());
+            assert_eq!(fits(&request).is_ok(), fit, "{signer} {usages:?} {pem}");
         }
     }
 

@@ -1,6 +1,10 @@
 //! CertificateApproval, CertificateSigning and CertificateSubjectRestriction.
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use outrigger_access::Attributes as Access;
+use outrigger_access::csr::Csr;
+use outrigger_access::user::GROUP_MASTERS;
 use outrigger_api::{Status, meta};
 use serde_json::Value;
 
@@ -35,4 +39,72 @@ fn may(engine: &Engine, attributes: &Attributes<'_>, request: &Value, verb: &str
         }
     }
     Err(attributes.forbidden(format!("user not permitted to {verb} requests with signerName {signer:?}")))
+}
+
+pub struct CertificateSubjectRestriction;
+
+const CLIENT_SIGNER: &str = "kubernetes.io/kube-apiserver-client";
+
+impl Plugin for CertificateSubjectRestriction {
+    fn validate(&self, _engine: &Engine, attributes: &Attributes<'_>, object: Option<&Value>) -> Result<(), Status> {
+        let Some(request) = object.filter(|_| attributes.creates("certificates.k8s.io", "CertificateSigningRequest")) else {
+            return Ok(());
+        };
+        check_subject(request).map_err(|why| attributes.forbidden(why))
+    }
+}
+
+/// Nobody becomes the cluster's master by a request.
+fn check_subject(request: &Value) -> Result<(), String> {
+    if meta::text(request, "spec.signerName") != CLIENT_SIGNER {
+        return Ok(());
+    }
+    let asked = asked(request).map_err(|error| format!("failed to parse CSR: {error}"))?;
+    if asked.organizations.iter().any(|group| group == GROUP_MASTERS) {
+        return Err(format!("use of {CLIENT_SIGNER} signer with {GROUP_MASTERS} group is not allowed"));
+    }
+    Ok(())
+}
+
+/// What a CertificateSigningRequest asks for.
+pub fn asked(request: &Value) -> Result<Csr, String> {
+    let text = meta::text(request, "spec.request").replace(['\r', '\n'], "");
+    let pem = STANDARD.decode(text).map_err(|error| error.to_string())?;
+    Csr::from_pem(&pem).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// O system:masters, CN a.
+    const MASTER: &str = "-----BEGIN CERTIFICATE REQUEST-----
+MIHgMIGHAgEAMCUxFzAVBgNVBAoMDnN5c3RlbTptYXN0ZXJzMQowCAYDVQQDDAFh
+MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAElxyHPEuQXHIzVcD/NrvjlZRMdIvO
+P30V082kO5Nr1iXx0BTMVY9itmpaZGckhM79D0TsDjfHAkp0G3gPYcqpEqAAMAoG
+CCqGSM49BAMCA0gAMEUCIQCQ6OlYAYIVh5gQZfK26JlKaJdWGRjBhbrlMFDjOQWP
+CwIgLCLqk8tCO6NbSnKvAFP3vSf5w72Zc/mOaSiH8g360KM=
+-----END CERTIFICATE REQUEST-----
+";
+    /// O system:nodes, CN system:node:a.
+    const NODE: &str = "-----BEGIN CERTIFICATE REQUEST-----
+MIHpMIGRAgEAMC8xFTATBgNVBAoMDHN5c3RlbTpub2RlczEWMBQGA1UEAwwNc3lz
+dGVtOm5vZGU6YTBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABNwBn1p58Ou4vrk4
+Dd4CS5ybBsQ6gSoQMjDgWpWDmijJ/kB1LUYkvE9y1OO+OaItBaufbr2Dk6kvEKuz
+T00CO6+gADAKBggqhkjOPQQDAgNHADBEAiAci8QMMDab7ymvZfiBResR8p56JrD/
+wLWOOV8IO4LFUgIgdxUvMOMrY2k5Hfq8wCn+dhQa/RMVT2xFpFRzdEIMz/A=
+-----END CERTIFICATE REQUEST-----
+";
+
+    #[test]
+    fn nobody_asks_for_masters() {
+        let check = |signer: &str, pem: &str| check_subject(&json!({"spec": {"signerName": signer, "request": STANDARD.encode(pem)}}));
+        let why = "use of kubernetes.io/kube-apiserver-client signer with system:masters group is not allowed";
+        assert_eq!(check(CLIENT_SIGNER, MASTER), Err(why.to_owned()));
+        assert_eq!(check(CLIENT_SIGNER, NODE), Ok(()));
+        assert_eq!(check("example.com/any", MASTER), Ok(()));
+        assert!(check(CLIENT_SIGNER, "nothing").is_err());
+    }
 }

@@ -153,6 +153,7 @@ impl Default for Chain {
             Box::new(defaults::StorageObjectInUse),
             Box::new(defaults::DefaultClasses),
             Box::new(certificate::CertificateApproval),
+            Box::new(certificate::CertificateSubjectRestriction),
             Box::new(rbac::Escalation),
             Box::new(node::NodeRestriction),
         ];

@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 
 use outrigger_access::Attributes as Access;
+use outrigger_access::user::NODE_USER_PREFIX;
 use outrigger_api::{Status, meta};
 use serde_json::{Value, json};
 
-use super::{Attributes, Operation, Plugin};
+use super::{Attributes, Operation, Plugin, certificate};
 use crate::engine::Engine;
 
 /// TaintNodesByCondition
@@ -49,6 +50,7 @@ impl Plugin for NodeRestriction {
             ("storage.k8s.io", "csinodes", _) if attributes.name != node => {
                 Err(attributes.forbidden("can only access CSINode with the same name as the requesting node"))
             }
+            ("certificates.k8s.io", "certificatesigningrequests", _) => signing_request(attributes, node, object),
             ("resource.k8s.io", "resourceslices", _) => slice(attributes, node, object),
             _ => Ok(()),
         }
@@ -353,6 +355,20 @@ fn lease(attributes: &Attributes<'_>, node: &str) -> Result<(), Status> {
         return Err(attributes.forbidden("can only access node lease with the same name as the requesting node"));
     }
     Ok(())
+}
+
+/// A node asks for certificates of its own only.
+fn signing_request(attributes: &Attributes<'_>, node: &str, object: Option<&Value>) -> Result<(), Status> {
+    let Some(request) = object.filter(|_| attributes.operation == Operation::Create) else { return Ok(()) };
+    let signer = meta::text(request, "spec.signerName");
+    if !["kubernetes.io/kubelet-serving", "kubernetes.io/kube-apiserver-client-kubelet"].contains(&signer) {
+        return Ok(());
+    }
+    let asked = certificate::asked(request).map_err(|error| attributes.forbidden(format!("unable to parse csr: {error}")))?;
+    if asked.common_name.strip_prefix(NODE_USER_PREFIX) == Some(node) {
+        return Ok(());
+    }
+    Err(attributes.forbidden(format!("can only create a node CSR with CN={NODE_USER_PREFIX}{node}")))
 }
 
 fn slice(attributes: &Attributes<'_>, node: &str, object: Option<&Value>) -> Result<(), Status> {
