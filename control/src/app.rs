@@ -25,12 +25,16 @@ pub async fn run(options: config::Run) -> anyhow::Result<()> {
     let listeners = listeners(&options).await?;
     let api = ApiServer::start(config, store.clone()).await.context("starting the API server")?;
     let (stop_loops, loops_stop) = tokio::sync::watch::channel(false);
-    let loops = crate::loops::start(&api, &options, loops_stop);
+    let mut loops = crate::loops::start(&api, &options, loops_stop);
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let serving = api.serve(listeners);
     tokio::pin!(serving);
     tokio::select! {
         outcome = &mut serving => return outcome.context("serving"),
+        outcome = &mut loops => {
+            outcome.context("the controllers and the scheduler")?;
+            anyhow::bail!("the controllers and the scheduler have ended");
+        }
         // What was acknowledged is on the disk; whoever started this process starts it again.
         error = store.failure() => return Err(error).context("the store has failed"),
         _ = terminate.recv() => {}

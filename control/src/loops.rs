@@ -14,7 +14,7 @@ use crate::config;
 /// How long a certificate may be valid when its request says nothing.
 const CERTIFICATE_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// Runs until `stop` turns true.
+/// Runs until `stop` turns true. Ends sooner only when one of the loops does, or panics: the rest is of no use without it.
 pub fn start(api: &ApiServer, options: &config::Run, stop: watch::Receiver<bool>) -> JoinHandle<()> {
     let client = api.client("system:kube-controller-manager", &["system:masters"]);
     let engine = api.engine();
@@ -27,16 +27,13 @@ pub fn start(api: &ApiServer, options: &config::Run, stop: watch::Receiver<bool>
     };
     let service_range = config.service_cidr;
     tokio::spawn(async move {
-        let (informers, _watches) = Informers::start(client.clone());
-        let addons = crate::addons::keep(client, informers.clone(), service_range);
-        let addons_stop = stopped(stop.clone());
-        tokio::join!(
-            async {
-                tokio::select! { () = addons => {}, () = addons_stop => {} }
-            },
-            outrigger_controllers::run_with(informers.clone(), config, stopped(stop.clone())),
-            outrigger_scheduler::run_with(informers, stopped(stop)),
-        );
+        let (informers, mut watches) = Informers::start(client.clone());
+        tokio::select! {
+            () = outrigger_controllers::worker::join_all(&mut watches) => {}
+            () = crate::addons::keep(client, informers.clone(), service_range) => {}
+            () = outrigger_controllers::run_with(informers.clone(), config, stopped(stop.clone())) => {}
+            () = outrigger_scheduler::run_with(informers.clone(), stopped(stop)) => {}
+        }
     })
 }
 

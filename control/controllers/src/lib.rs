@@ -75,7 +75,7 @@ pub struct Context {
     pub config: Arc<Config>,
 }
 
-/// Runs all controllers until `shutdown` resolves.
+/// Runs all controllers until `shutdown` resolves; panics when one of them does.
 pub async fn run(client: Client, config: Config, shutdown: impl Future<Output = ()>) {
     let (informers, _watches) = Informers::start(client);
     run_with(informers, config, shutdown).await;
@@ -90,7 +90,7 @@ pub async fn run_with(informers: Arc<Informers>, config: Config, shutdown: impl 
         let context = Context { informers: informers.clone(), recorder, config: Arc::new(config) };
         start(&context, &mut tasks);
         info!(controllers = tasks.len(), "controllers started");
-        std::future::pending::<()>().await;
+        worker::join_all(&mut tasks).await;
     };
     tokio::select! { () = work => {}, () = shutdown => {} }
 }

@@ -226,12 +226,33 @@ where
             }
         });
     }
-    while tasks.join_next().await.is_some() {}
+    join_all(&mut tasks).await;
+}
+
+/// Waits until every task has ended; the panic of one is passed on at once, since without it the others only seem to work.
+pub async fn join_all(tasks: &mut tokio::task::JoinSet<()>) {
+    while let Some(outcome) = tasks.join_next().await {
+        if let Err(error) = outcome
+            && error.is_panic()
+        {
+            std::panic::resume_unwind(error.into_panic());
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    #[should_panic(expected = "gone")]
+    async fn the_panic_of_a_task_is_passed_on() {
+        let mut tasks = tokio::task::JoinSet::new();
+        tasks.spawn(async {});
+        tasks.spawn(std::future::pending());
+        tasks.spawn(async { panic!("gone") });
+        join_all(&mut tasks).await;
+    }
 
     #[tokio::test]
     async fn an_item_added_while_it_runs_runs_again_and_never_twice_at_once() {
