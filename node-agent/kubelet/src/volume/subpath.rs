@@ -2,6 +2,7 @@
 //!
 //! The path is opened by openat2(2) beneath the volume's root, and what was opened (not the name) is bind-mounted to a place of the
 //! pod's own; only that place is given to the runtime.
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
@@ -10,7 +11,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::stat::{FchmodatFlags, Mode, fchmodat, fstat, mkdirat};
+use nix::sys::stat::{Mode, fchmod, fstat, mkdirat};
 
 use super::mounts;
 
@@ -70,7 +71,7 @@ fn open_or_make(root: &OwnedFd, path: &str) -> io::Result<OwnedFd> {
             Err(Errno::ENOENT) => {
                 match mkdirat(&current, part.as_os_str(), mode) {
                     // Once more, as the umask took some of it.
-                    Ok(()) => fchmodat(&current, part.as_os_str(), mode | setgid(&current)?, FchmodatFlags::FollowSymlink)?,
+                    Ok(()) => set_mode(&current, part.as_os_str(), mode | setgid(&current)?)?,
                     Err(Errno::EEXIST) => {}
                     Err(error) => return Err(error.into()),
                 }
@@ -81,6 +82,13 @@ fn open_or_make(root: &OwnedFd, path: &str) -> io::Result<OwnedFd> {
         current = next?;
     }
     Ok(current)
+}
+
+/// Whoever uses the volume already may have put a link in the new folder's place: only a folder of that very name is changed.
+fn set_mode(dir: &OwnedFd, name: &OsStr, mode: Mode) -> io::Result<()> {
+    let how = beneath().flags(OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC);
+    fchmod(openat2(dir, name, how)?, mode)?;
+    Ok(())
 }
 
 /// The bit that passes the folder's group on, where the folder above has it.
@@ -106,5 +114,22 @@ mod tests {
         assert!(open_or_make(&root, "outside/x").is_err());
         std::os::unix::fs::symlink("../..", volume.path().join("up")).unwrap();
         assert!(open_or_make(&root, "up/etc").is_err());
+    }
+
+    #[test]
+    fn a_link_in_the_new_folders_place_changes_nothing() {
+        let (volume, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let before = outside.path().metadata().unwrap().mode();
+        let root = open(volume.path(), OFlag::O_PATH | OFlag::O_DIRECTORY, Mode::empty()).unwrap();
+        std::fs::create_dir(volume.path().join("made")).unwrap();
+        std::os::unix::fs::symlink(outside.path(), volume.path().join("link")).unwrap();
+        std::fs::create_dir(volume.path().join("inside")).unwrap();
+        std::os::unix::fs::symlink("inside", volume.path().join("near")).unwrap();
+        let mode = Mode::from_bits_truncate(0o2777);
+        set_mode(&root, OsStr::new("made"), mode).unwrap();
+        assert_eq!(volume.path().join("made").metadata().unwrap().mode() & 0o7777, 0o2777);
+        assert!(set_mode(&root, OsStr::new("link"), mode).is_err());
+        assert!(set_mode(&root, OsStr::new("near"), mode).is_err());
+        assert_eq!(outside.path().metadata().unwrap().mode(), before);
     }
 }
