@@ -18,6 +18,7 @@ pub fn make_volume_dir(dir: &Path) -> std::io::Result<()> {
 /// The work that makes an emptyDir at that place.
 pub fn empty_dir(
     dir: PathBuf,
+    ready: PathBuf,
     pod: &Pod,
     source: &EmptyDirVolumeSource,
     allocatable: &Resources,
@@ -26,7 +27,7 @@ pub fn empty_dir(
     let limit = source.size_limit.as_ref().map(quantity::value).filter(|limit| *limit > 0);
     let size = memory_size(pod, limit, allocatable);
     let group = ownership::fs_group(pod);
-    move || make_empty_dir(&dir, &medium, size, group)
+    move || make_empty_dir(&dir, &ready, &medium, size, group)
 }
 
 /// The smallest of the volume's limit, the pod's memory limit and the node's memory.
@@ -36,15 +37,24 @@ fn memory_size(pod: &Pod, limit: Option<i64>, allocatable: &Resources) -> i64 {
     [limit, pod_limit, node].into_iter().flatten().min().unwrap_or(0)
 }
 
-fn make_empty_dir(dir: &Path, medium: &str, size: i64, group: Option<u32>) -> std::io::Result<()> {
+/// Notes that the volume needs no more setting up.
+pub fn mark_ready(ready: &Path) -> std::io::Result<()> {
+    if let Some(parent) = ready.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    std::fs::write(ready, "")
+}
+
+/// `ready` is the file that tells that all of it has been done: until then it's done again, since the agent may have ended in between.
+fn make_empty_dir(dir: &Path, ready: &Path, medium: &str, size: i64, group: Option<u32>) -> std::io::Result<()> {
     let mounted = mounts::is_mount_point(dir)?;
-    let fresh = !dir.exists() || (!medium.is_empty() && !mounted);
-    if !fresh {
+    if ready.exists() && dir.exists() && (medium.is_empty() || mounted) {
         return Ok(());
     }
     make_volume_dir(dir)?;
     match medium {
         "" => {}
+        _ if mounted => {}
         "Memory" => {
             let options = if size > 0 { format!("size={size},mode=0777") } else { "mode=0777".into() };
             mount(Some("tmpfs"), dir, Some("tmpfs"), MsFlags::empty(), Some(options.as_str()))?;
@@ -60,10 +70,10 @@ fn make_empty_dir(dir: &Path, medium: &str, size: i64, group: Option<u32>) -> st
         }
     }
     std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o777))?;
-    match group {
-        Some(group) => ownership::give_to_group(dir, group, true),
-        None => Ok(()),
+    if let Some(group) = group {
+        ownership::give_to_group(dir, group, true)?;
     }
+    mark_ready(ready)
 }
 
 /// What the path must be, by the volume's type; makes it where the type says so.
@@ -99,6 +109,8 @@ pub async fn check_host_path(path: &Path, kind: &str) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
     #[tokio::test]
@@ -117,11 +129,25 @@ mod tests {
     #[test]
     fn a_disk_empty_dir_keeps_its_content() {
         let dir = tempfile::tempdir().unwrap();
-        let volume = dir.path().join("v");
-        make_empty_dir(&volume, "", 0, None).unwrap();
+        let (volume, ready) = (dir.path().join("v"), dir.path().join("plugins/v/ready"));
+        make_empty_dir(&volume, &ready, "", 0, None).unwrap();
         std::fs::write(volume.join("x"), "1").unwrap();
-        make_empty_dir(&volume, "", 0, None).unwrap();
+        make_empty_dir(&volume, &ready, "", 0, None).unwrap();
         assert_eq!(std::fs::read_to_string(volume.join("x")).unwrap(), "1");
         assert_eq!(std::fs::metadata(&volume).unwrap().permissions().mode() & 0o777, 0o777);
+    }
+
+    #[test]
+    fn an_empty_dir_left_half_made_is_finished_and_then_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let (volume, ready) = (dir.path().join("v"), dir.path().join("plugins/v/ready"));
+        let group = std::fs::metadata(dir.path()).unwrap().gid();
+        let mode = || std::fs::metadata(&volume).unwrap().mode() & 0o7777;
+        make_volume_dir(&volume).unwrap();
+        make_empty_dir(&volume, &ready, "", 0, Some(group)).unwrap();
+        assert_eq!(mode(), 0o2777);
+        std::fs::set_permissions(&volume, std::fs::Permissions::from_mode(0o700)).unwrap();
+        make_empty_dir(&volume, &ready, "", 0, Some(group)).unwrap();
+        assert_eq!(mode(), 0o700);
     }
 }

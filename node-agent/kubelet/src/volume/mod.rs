@@ -6,6 +6,7 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1::{EmptyDirVolumeSource, PersistentVolume, Pod, Volume};
 use outrigger_cluster::lookup::References;
 use outrigger_cluster::{Key, Lookup};
+use tracing::warn;
 
 use crate::config::Config;
 use crate::in_flight::InFlight;
@@ -85,6 +86,11 @@ pub fn volume_dir(config: &Config, pod: &Pod, plugin: &str, name: &str) -> PathB
     config.pod_dir(uid_of(pod)).join("volumes").join(format!("kubernetes.io~{plugin}")).join(name)
 }
 
+/// The file that tells that the volume has been set up; it goes with the pod.
+fn ready_file(config: &Config, pod: &Pod, plugin: &str, name: &str) -> PathBuf {
+    config.pod_dir(uid_of(pod)).join("plugins").join(format!("kubernetes.io~{plugin}")).join(name).join("ready")
+}
+
 impl Volumes {
     pub fn new(
         config: Arc<Config>,
@@ -131,10 +137,10 @@ impl Volumes {
             return self.write(pod, "projected", name, content.projected_volume(pod, source).await?).await;
         }
         if let Some(source) = &volume.persistent_volume_claim {
-            return self.claimed(pod, &source.claim_name).await;
+            return self.claimed(pod, name, &source.claim_name, source.read_only == Some(true)).await;
         }
         if volume.ephemeral.is_some() {
-            return self.claimed(pod, &format!("{}-{name}", name_of(pod))).await;
+            return self.claimed(pod, name, &format!("{}-{name}", name_of(pod)), false).await;
         }
         Err("no volume plugin matched".into())
     }
@@ -153,13 +159,13 @@ impl Volumes {
 
     async fn empty_dir(&self, pod: &Pod, name: &str, source: &EmptyDirVolumeSource) -> Result<PathBuf, String> {
         let dir = volume_dir(&self.config, pod, "empty-dir", name);
-        let make = local::empty_dir(dir.clone(), pod, source, &self.allocatable);
+        let make = local::empty_dir(dir.clone(), ready_file(&self.config, pod, "empty-dir", name), pod, source, &self.allocatable);
         let made = self.in_flight.run(uid_of(pod), make).await;
         made.map(|()| dir.clone()).map_err(|error| format!("failed to set up emptyDir {}: {error}", dir.display()))
     }
 
     /// A claim bound to a volume that is a folder of this node.
-    async fn claimed(&self, pod: &Pod, claim: &str) -> Result<PathBuf, String> {
+    async fn claimed(&self, pod: &Pod, name: &str, claim: &str, read_only: bool) -> Result<PathBuf, String> {
         let namespace = namespace_of(pod);
         let found = self.lookup.claim(namespace, claim).await.map_err(|error| error.to_string())?;
         let found = found.ok_or_else(|| format!("persistentvolumeclaim \"{claim}\" not found"))?;
@@ -174,14 +180,32 @@ impl Volumes {
             (None, None) => return Err("no volume plugin matched".into()),
         };
         local::check_host_path(&path, &kind).await?;
-        if spec.local.is_some()
-            && let Some(group) = ownership::fs_group(pod)
-        {
-            let target = path.clone();
-            // Best effort as upstream: a volume of another owner may refuse.
-            let _ = self.in_flight.run(uid_of(pod), move || ownership::give_to_group(&target, group, true)).await;
+        if spec.local.is_some() && !read_only {
+            self.give_local(pod, name, path.clone())
+                .await
+                .map_err(|error| format!("failed to give {} to the group: {error}", path.display()))?;
         }
         Ok(path)
+    }
+
+    /// Gives a folder of the node to the pod's group, once for each pod.
+    async fn give_local(&self, pod: &Pod, name: &str, path: PathBuf) -> std::io::Result<()> {
+        let Some(group) = ownership::fs_group(pod) else { return Ok(()) };
+        let only_on_mismatch = ownership::only_on_root_mismatch(pod);
+        let ready = ready_file(&self.config, pod, "local-volume", name);
+        let give = move || {
+            if ready.exists() {
+                return Ok(());
+            }
+            if !(only_on_mismatch && ownership::is_given(&path, group, true))
+                && let Err(error) = ownership::give_to_group(&path, group, true)
+            {
+                // Best effort as upstream: the file system may refuse.
+                warn!(path = %path.display(), group, %error, "not all of the volume was given to the pod's group");
+            }
+            local::mark_ready(&ready)
+        };
+        self.in_flight.run(uid_of(pod), give).await
     }
 
     /// Unmounts and removes everything that the pod has on disk but its logs.
