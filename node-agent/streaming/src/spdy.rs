@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tracing::debug;
 
 use frame::{Decoder, Encoder, Frame, Headers};
@@ -22,6 +22,9 @@ const STREAM_BACKLOG: usize = 8;
 /// Frames that wait for the connection to take them.
 const SEND_BACKLOG: usize = 32;
 const MAX_STREAMS: usize = 2048;
+/// Answers and resets that wait for the connection to take them: all streams may end at once, but a peer that asks on and on
+/// without reading the answers is left.
+const URGENT_BACKLOG: usize = 2 * MAX_STREAMS;
 const MAX_DATA: usize = 32 * 1024;
 /// How long the peer may take to close its end after we closed ours; until then its bytes are read, since closing with
 /// unread bytes would make the kernel drop what we sent last.
@@ -66,11 +69,27 @@ impl Streams {
     }
 }
 
+/// The way of frames that nobody waits with. When it's full, the connection ends.
+#[derive(Clone)]
+struct Urgent {
+    frames: mpsc::Sender<Frame>,
+    full: Arc<Notify>,
+}
+
+impl Urgent {
+    fn send(&self, frame: Frame) {
+        // The other error means that the connection is gone, and its streams with it.
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.frames.try_send(frame) {
+            self.full.notify_one();
+        }
+    }
+}
+
 /// A running connection. Dropping all handles and streams closes it.
 #[derive(Clone)]
 pub struct Connection {
     commands: mpsc::Sender<Command>,
-    urgent: mpsc::UnboundedSender<Frame>,
+    urgent: Urgent,
     ended: watch::Receiver<bool>,
 }
 
@@ -99,7 +118,7 @@ impl Reader {
 pub struct Writer {
     id: u32,
     commands: mpsc::Sender<Command>,
-    urgent: mpsc::UnboundedSender<Frame>,
+    urgent: Urgent,
     reset: Arc<AtomicBool>,
     finished: bool,
 }
@@ -131,8 +150,7 @@ impl Writer {
     pub fn reset(&mut self) {
         if !self.finished {
             self.finished = true;
-            // An error means that the connection is gone, and the stream with it.
-            let _ = self.urgent.send(Frame::Reset { id: self.id, status: CANCEL });
+            self.urgent.send(Frame::Reset { id: self.id, status: CANCEL });
         }
     }
 
@@ -158,15 +176,24 @@ impl Connection {
     {
         let (read, write) = tokio::io::split(io);
         let (commands, command_queue) = mpsc::channel(SEND_BACKLOG);
-        let (urgent, urgent_queue) = mpsc::unbounded_channel();
+        let (frames, urgent_queue) = mpsc::channel(URGENT_BACKLOG);
+        let full = Arc::new(Notify::new());
+        let urgent = Urgent { frames, full: full.clone() };
         let (incoming, streams_opened) = mpsc::channel(16);
         let (end, ended) = watch::channel(false);
         let streams = Arc::new(Streams::default());
-        let reading =
-            Reading { read, role, streams: streams.clone(), commands: commands.downgrade(), urgent: urgent.downgrade(), incoming };
+        let reading = Reading {
+            read,
+            role,
+            streams: streams.clone(),
+            commands: commands.downgrade(),
+            urgent: urgent.frames.downgrade(),
+            full: full.clone(),
+            incoming,
+        };
         let writing =
             Writing { write, encoder: Encoder::default(), streams: streams.clone(), next: if role == Role::Client { 1 } else { 2 } };
-        tokio::spawn(drive(reading, writing.run(command_queue, urgent_queue), streams, end));
+        tokio::spawn(drive(reading, writing.run(command_queue, urgent_queue), full, streams, end));
         (Self { commands, urgent, ended }, streams_opened)
     }
 
@@ -195,10 +222,11 @@ impl Connection {
     }
 }
 
-/// Both directions until either fails; then every stream sees its end.
+/// Both directions until either fails or too much waits to be sent; then every stream sees its end.
 async fn drive<T: AsyncRead + AsyncWrite>(
     mut reading: Reading<T>,
     writing: impl Future<Output = io::Result<()>>,
+    full: Arc<Notify>,
     streams: Arc<Streams>,
     end: watch::Sender<bool>,
 ) {
@@ -206,6 +234,7 @@ async fn drive<T: AsyncRead + AsyncWrite>(
         let mut writing = std::pin::pin!(writing);
         let read = tokio::select! {
             result = reading.run() => Some(result),
+            () = full.notified() => Some(Err(io::Error::other("the peer doesn't read what it asks for"))),
             result = &mut writing => {
                 if let Err(error) = result {
                     debug!(%error, "SPDY connection broke off");
@@ -239,7 +268,7 @@ struct Writing<T> {
 }
 
 impl<T: AsyncWrite> Writing<T> {
-    async fn run(mut self, mut commands: mpsc::Receiver<Command>, mut urgent: mpsc::UnboundedReceiver<Frame>) -> io::Result<()> {
+    async fn run(mut self, mut commands: mpsc::Receiver<Command>, mut urgent: mpsc::Receiver<Frame>) -> io::Result<()> {
         let mut output = BytesMut::with_capacity(MAX_DATA);
         loop {
             tokio::select! {
@@ -296,7 +325,8 @@ struct Reading<T> {
     streams: Arc<Streams>,
     // Weak, so that the reading side alone doesn't keep the connection open.
     commands: mpsc::WeakSender<Command>,
-    urgent: mpsc::WeakUnboundedSender<Frame>,
+    urgent: mpsc::WeakSender<Frame>,
+    full: Arc<Notify>,
     incoming: mpsc::Sender<Stream>,
 }
 
@@ -359,16 +389,19 @@ impl<T: AsyncRead> Reading<T> {
         }
     }
 
+    fn urgent(&self) -> Option<Urgent> {
+        Some(Urgent { frames: self.urgent.upgrade()?, full: self.full.clone() })
+    }
+
     fn answer(&self, frame: Frame) {
-        if let Some(urgent) = self.urgent.upgrade() {
-            // The writer is gone only when the connection is.
-            let _ = urgent.send(frame);
+        if let Some(urgent) = self.urgent() {
+            urgent.send(frame);
         }
     }
 
     async fn opened(&mut self, id: u32, fin: bool, headers: Headers) {
         let ours = (id % 2 == 1) == (self.role == Role::Client);
-        let (Some(commands), Some(urgent)) = (self.commands.upgrade(), self.urgent.upgrade()) else { return };
+        let (Some(commands), Some(urgent)) = (self.commands.upgrade(), self.urgent()) else { return };
         let (data, receiver) = mpsc::channel(STREAM_BACKLOG);
         let reset = Arc::new(AtomicBool::new(false));
         let accepted = {
@@ -391,5 +424,32 @@ impl<T: AsyncRead> Reading<T> {
         let writer = Writer { id, commands, urgent, reset, finished: false };
         // When nobody takes streams any more, dropping it resets it.
         let _ = self.incoming.send(Stream { headers, reader: Reader(receiver), writer }).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn is_left_by_the_server(asked: Frame) -> bool {
+        let (mut peer, io) = tokio::io::duplex(256);
+        let (connection, _streams) = Connection::start(io, Role::Server);
+        let (mut encoder, mut bytes) = (Encoder::default(), BytesMut::new());
+        for _ in 0..URGENT_BACKLOG * 2 {
+            bytes.clear();
+            encoder.encode(&asked, &mut bytes).unwrap();
+            if peer.write_all(&bytes).await.is_err() {
+                connection.ended().await;
+                return true;
+            }
+        }
+        false
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_asks_without_reading_is_left() {
+        assert!(is_left_by_the_server(Frame::Ping { id: 1 }).await);
+        // An even number is the server's own: the stream is refused.
+        assert!(is_left_by_the_server(Frame::SynStream { id: 2, fin: false, headers: Headers::new() }).await);
     }
 }
