@@ -1,4 +1,5 @@
 //! The DNS server's sockets: UDP and TCP in, the zone's answers out, everything else passed on unchanged.
+use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -23,6 +24,8 @@ const MAX_UDP_REPLY: u16 = 1232;
 const PLAIN_UDP_REPLY: u16 = 512;
 const TCP_IDLE: Duration = Duration::from_secs(10);
 const MAX_TCP_CLIENTS: usize = 256;
+/// Of these, how many one address may have: a single pod must not take them all.
+pub(super) const MAX_TCP_OF_ONE: usize = 32;
 /// Questions that wait for an upstream at a time; more are refused instead of held.
 pub const MAX_WAITING: usize = 1024;
 
@@ -55,6 +58,8 @@ async fn send(socket: &UdpSocket, bytes: &[u8], client: SocketAddr) {
 
 pub async fn serve_tcp(listener: TcpListener, shared: Arc<Shared>) -> io::Result<()> {
     let clients = Arc::new(Semaphore::new(MAX_TCP_CLIENTS));
+    // Each connection holds its address's entry.
+    let mut by_address: HashMap<IpAddr, Arc<()>> = HashMap::new();
     loop {
         let (stream, client) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -64,6 +69,13 @@ pub async fn serve_tcp(listener: TcpListener, shared: Arc<Shared>) -> io::Result
                 continue;
             }
         };
+        by_address.retain(|_, held| Arc::strong_count(held) > 1);
+        let held = by_address.entry(client.ip()).or_default().clone();
+        // The entry itself and this new connection hold it besides those before.
+        if Arc::strong_count(&held) - 2 >= MAX_TCP_OF_ONE {
+            debug!(%client, "too many connections by TCP of one DNS client");
+            continue;
+        }
         let Ok(permit) = clients.clone().try_acquire_owned() else {
             debug!(%client, "too many DNS clients by TCP");
             continue;
@@ -73,7 +85,7 @@ pub async fn serve_tcp(listener: TcpListener, shared: Arc<Shared>) -> io::Result
             if let Err(error) = serve_stream(stream, &shared).await {
                 debug!(%client, %error, "DNS client by TCP ended");
             }
-            drop(permit);
+            drop((permit, held));
         });
     }
 }
@@ -90,7 +102,11 @@ async fn serve_stream(mut stream: TcpStream, shared: &Arc<Shared>) -> io::Result
             Response::Now(bytes) => bytes,
             Response::Later(pending) => pending.finish(shared).await,
         };
-        write_frame(&mut stream, &reply).await?;
+        // Whoever doesn't read its answers is left like one that doesn't ask.
+        match tokio::time::timeout(TCP_IDLE, write_frame(&mut stream, &reply)).await {
+            Ok(written) => written?,
+            Err(_) => return Ok(()),
+        }
     }
 }
 

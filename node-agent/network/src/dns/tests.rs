@@ -4,9 +4,13 @@ use std::sync::Arc;
 use hickory_proto::rr::{Name, RecordType};
 use outrigger_cluster::Delta;
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
 use super::answer::{Answer, Zone, answer};
 use super::records::Records;
+use super::upstream::Upstream;
+use super::{Shared, server};
 
 fn service(namespace: &str, name: &str, spec: Value) -> Delta<k8s_openapi::api::core::v1::Service> {
     Delta::Applied(Arc::new(serde_json::from_value(json!({"metadata": {"namespace": namespace, "name": name}, "spec": spec})).unwrap()))
@@ -173,4 +177,33 @@ fn records_go_with_their_objects() {
     records.take_service(&Delta::Replaced(Arc::new(Vec::new())));
     assert_eq!(ask(&records, "other.svc.%", RecordType::A), "NXDomain");
     assert_eq!(ask(&records, "1.0.3.10.in-addr.arpa.", RecordType::PTR), "foreign");
+}
+
+#[tokio::test]
+async fn one_address_has_its_share_of_connections() {
+    let directory = tempfile::tempdir().unwrap();
+    let zone = Zone::new("cluster.local", Vec::new()).unwrap();
+    let shared = Arc::new(Shared::new(zone, Upstream::new(directory.path().join("resolv.conf"), Vec::new())));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(server::serve_tcp(listener, shared));
+    // A server status request: answered at once, that it isn't known here.
+    let question: [u8; 14] = [0, 12, 0, 7, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let ask = async |stream: &mut TcpStream| {
+        // An error is that of a connection closed meanwhile, which the reading shows too.
+        let _ = stream.write_all(&question).await;
+        server::read_frame(stream).await.is_ok_and(|answer| answer.is_some())
+    };
+    let mut held = Vec::new();
+    for _ in 0..server::MAX_TCP_OF_ONE {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        assert!(ask(&mut stream).await);
+        held.push(stream);
+    }
+    assert!(!ask(&mut TcpStream::connect(address).await.unwrap()).await);
+    // Another address isn't concerned.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+    assert!(ask(&mut socket.connect(address).await.unwrap()).await);
+    assert!(ask(&mut held[0]).await);
 }
