@@ -47,6 +47,16 @@ pub struct ExecOutput {
     pub exit_code: i32,
 }
 
+impl ExecOutput {
+    /// What fits into an event or a status of all that was written, as much as upstream takes of a probe's output.
+    pub fn message(self) -> String {
+        const LIMIT: usize = 10 << 10;
+        let mut written = [self.stdout, self.stderr].concat();
+        written.truncate(LIMIT);
+        String::from_utf8_lossy(&written).into_owned()
+    }
+}
+
 /// A handle on the runtime; cheap to clone, calls run at the same time over one connection.
 #[derive(Clone, Debug)]
 pub struct Cri {
@@ -231,5 +241,19 @@ fn gone_is_fine<T>(result: Result<T>) -> Result<()> {
         Ok(_) => Ok(()),
         Err(error) if error.is_not_found() => Ok(()),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_have_an_end() {
+        let said = |stdout: &str, stderr: &str| ExecOutput { stdout: stdout.into(), stderr: stderr.into(), exit_code: 1 }.message();
+        assert_eq!(said("out\n", "err\n"), "out\nerr\n");
+        let (almost, long) = ("x".repeat(10 * 1024 - 1), "y".repeat(10 * 1024));
+        assert_eq!(said(&almost, &long), format!("{almost}y"));
+        assert_eq!(said(&long, &almost), long);
     }
 }

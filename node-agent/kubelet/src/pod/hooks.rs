@@ -18,16 +18,17 @@ pub async fn run(
     if let Some(exec) = &hook.exec {
         let command = exec.command.clone().unwrap_or_default();
         let output = host.cri.exec_sync(container_id, command.clone(), Duration::ZERO).await.map_err(|error| error.to_string())?;
-        if output.exit_code == 0 {
+        let exit_code = output.exit_code;
+        if exit_code == 0 {
             return Ok(());
         }
-        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        let text = output.message();
         return Err(format!(
             "Exec lifecycle hook ({command:?}) for Container \"{}\" in Pod \"{}\" failed - error: command '{}' exited with {}: {text}, message: {text:?}",
             container.name,
             super::meta::full_name(pod),
             command.join(" "),
-            output.exit_code
+            exit_code
         ));
     }
     if let Some(get) = &hook.http_get {

@@ -64,7 +64,7 @@ async fn run(cri: &Cri, container_id: &str, command: Vec<String>, limit: Duratio
     let text = command.join(" ");
     match cri.exec_sync(container_id, command, limit).await {
         Ok(output) if output.exit_code == 0 => Ok(Outcome::Success),
-        Ok(output) => Ok(Outcome::Failure(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())),
+        Ok(output) => Ok(Outcome::Failure(output.message())),
         Err(error) if error.code == tonic::Code::DeadlineExceeded => {
             Ok(Outcome::Failure(format!("command timed out: \"{text}\" timed out after {}s", limit.as_secs())))
         }
