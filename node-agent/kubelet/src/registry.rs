@@ -1,13 +1,16 @@
 //! All pods of the node, and the loop that hands changes from their sources to their workers.
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, RwLock};
+use std::time::Duration;
 
+use futures::FutureExt;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use outrigger_cluster::status::events::Kind;
 use outrigger_cluster::{Delta, Key};
 use tokio::sync::{mpsc, watch};
-use tracing::{debug, info};
+use tracing::{debug, error, info};
 
 use crate::eviction;
 use crate::host::Host;
@@ -56,6 +59,17 @@ impl Registry {
         if let Some(record) = self.get(uid) {
             record.wake.notify_one();
         }
+    }
+}
+
+/// Before a worker that broke down is started again.
+const RESTART_PAUSE: Duration = Duration::from_secs(5);
+
+/// Does the work, from its beginning again after each panic: whatever it was about must not be left alone for ever.
+async fn until_done<F: Future<Output = ()>>(uid: &str, pause: Duration, mut work: impl FnMut() -> F) {
+    while AssertUnwindSafe(work()).catch_unwind().await.is_err() {
+        error!(uid, "the pod's worker panicked; starting it anew");
+        tokio::time::sleep(pause).await;
     }
 }
 
@@ -233,7 +247,7 @@ impl Dispatcher {
         let (host, ended) = (self.host.clone(), self.ended.clone());
         tokio::spawn(async move {
             let uid = record.uid.clone();
-            worker::run(host, record).await;
+            until_done(&uid, RESTART_PAUSE, || worker::run(host.clone(), record.clone())).await;
             // The loop that listens lives as long as the agent.
             let _ = ended.send(uid);
         });
@@ -255,5 +269,22 @@ impl Dispatcher {
             self.host.writer.event(&crate::pod::meta::reference(pod), Kind::Warning, &verdict.reason, verdict.message.clone());
             record.fail(verdict);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn work_that_panics_is_begun_again() {
+        let mut begun = 0;
+        until_done("uid", Duration::ZERO, || {
+            begun += 1;
+            let attempt = begun;
+            async move { assert!(attempt == 3, "expected: the first attempts panic") }
+        })
+        .await;
+        assert_eq!(begun, 3);
     }
 }
