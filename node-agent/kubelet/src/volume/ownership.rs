@@ -35,8 +35,8 @@ pub fn common_user(pod: &Pod) -> Option<u32> {
 
 /// Whether the pod's volumes are only given to its group where their own folder isn't yet.
 pub fn only_on_root_mismatch(pod: &Pod) -> bool {
-    let context = spec(pod).security_context.as_ref();
-    context.and_then(|context| context.fs_group_change_policy.as_deref()) == Some("OnRootMismatch")
+    let context = spec(pod).security_context.clone();
+    context.and_then(|context| context.fs_group_change_policy).as_deref() == Some("OnRootMismatch")
 }
 
 fn bits(write: bool, is_dir: bool) -> u32 {
