@@ -113,7 +113,9 @@ impl Engine {
         }
         response.headers_mut().insert("audit-id", audit_id);
         let code = response.status().as_u16();
-        self.metrics.observe(&info, code, started.elapsed());
+        let catalog = self.catalog();
+        let resource = catalog.by_path(&info.group, &info.version, &info.resource).map(|resource| &**resource);
+        self.metrics.observe(&info, resource, code, started.elapsed());
         tracing::debug!(%method, target, code, elapsed = ?started.elapsed(), "request");
         response
     }

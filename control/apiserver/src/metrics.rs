@@ -5,8 +5,12 @@ use std::fmt::Write;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use outrigger_api::Resource;
+
 use crate::request::RequestInfo;
 
+/// Verbs that have a series of their own; all others share one.
+const VERBS: [&str; 10] = ["CONNECT", "DELETE", "DELETECOLLECTION", "GET", "HEAD", "LIST", "PATCH", "POST", "PUT", "WATCH"];
 const BUCKETS: [f64; 12] = [0.005, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 1.0, 2.0, 5.0, 15.0, 60.0];
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -33,24 +37,27 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    pub fn observe(&self, info: &RequestInfo, code: u16, elapsed: Duration) {
-        let scope = match (info.is_resource, info.name.is_empty(), info.namespace.is_empty()) {
+    /// `resource` is the catalog's entry for what was asked. Names that the catalog has not make no series: anyone can invent them.
+    pub fn observe(&self, info: &RequestInfo, resource: Option<&Resource>, code: u16, elapsed: Duration) {
+        let known = resource.is_some_and(|found| info.subresource.is_empty() || found.subresource(&info.subresource).is_some());
+        let scope = match (known, info.name.is_empty(), info.namespace.is_empty()) {
             (false, _, _) => "",
             (_, false, _) => "resource",
             (_, _, false) => "namespace",
             _ => "cluster",
         };
         let verb = match (info.is_resource, info.verb.as_str()) {
-            (true, "create") => "POST".into(),
-            (true, "update") => "PUT".into(),
+            (true, "create") => "POST".to_string(),
+            (true, "update") => "PUT".to_string(),
             (_, verb) => verb.to_ascii_uppercase(),
         };
+        let label = |name: &str| if known { name.to_string() } else { String::new() };
         let series = Series {
-            verb,
-            group: info.group.clone(),
-            version: info.version.clone(),
-            resource: info.resource.clone(),
-            subresource: info.subresource.clone(),
+            verb: if VERBS.contains(&verb.as_str()) { verb } else { "OTHER".to_string() },
+            group: label(&info.group),
+            version: label(&info.version),
+            resource: label(&info.resource),
+            subresource: label(&info.subresource),
             scope,
         };
         let seconds = elapsed.as_secs_f64();
@@ -86,7 +93,7 @@ impl Metrics {
         out.push_str("# HELP apiserver_resource_objects Number of stored objects.\n# TYPE apiserver_resource_objects gauge\n");
         for (prefix, count) in objects {
             let (group, resource) = prefix.split_once('/').unwrap_or(("", prefix));
-            let _ = writeln!(out, "apiserver_resource_objects{{group=\"{group}\",resource=\"{resource}\"}} {count}");
+            let _ = writeln!(out, "apiserver_resource_objects{{group=\"{}\",resource=\"{}\"}} {count}", escape(group), escape(resource));
         }
         let _ = writeln!(
             out,
@@ -101,7 +108,40 @@ impl Series {
     fn labels(&self) -> String {
         format!(
             "component=\"apiserver\",group=\"{}\",resource=\"{}\",scope=\"{}\",subresource=\"{}\",verb=\"{}\",version=\"{}\"",
-            self.group, self.resource, self.scope, self.subresource, self.verb, self.version
+            escape(&self.group),
+            escape(&self.resource),
+            self.scope,
+            escape(&self.subresource),
+            self.verb,
+            escape(&self.version)
         )
+    }
+}
+
+/// A label's value as the text format wants it between quotes.
+fn escape(value: &str) -> String {
+    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn invented_names_and_verbs_share_a_series() {
+        let metrics = Metrics::default();
+        for number in 0..10 {
+            let info = RequestInfo { is_resource: true, verb: format!("v{number}"), resource: format!("r{number}"), ..Default::default() };
+            metrics.observe(&info, None, 404, Duration::ZERO);
+        }
+        let text = metrics.render(&[], Duration::ZERO);
+        let totals: Vec<_> = text.lines().filter(|line| line.starts_with("apiserver_request_total")).collect();
+        assert_eq!(totals.len(), 1, "{totals:?}");
+        assert!(totals[0].contains("verb=\"OTHER\"") && totals[0].ends_with(" 10"), "{totals:?}");
+    }
+
+    #[test]
+    fn label_values_are_escaped() {
+        assert_eq!(escape("a\\b\"c\nd"), "a\\\\b\\\"c\\nd");
     }
 }
