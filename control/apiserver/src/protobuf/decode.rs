@@ -10,13 +10,15 @@ use super::ProtobufError;
 use super::table::{self, Field, Many, Message, Scalar, Shape, Special};
 use super::wire::{Data, fields};
 
-pub fn message(message: &Message, bytes: &[u8]) -> Result<Value, ProtobufError> {
+/// Messages may be `depth` deep: some contain their own kind.
+pub fn message(message: &Message, bytes: &[u8], depth: usize) -> Result<Value, ProtobufError> {
+    let depth = depth.checked_sub(1).ok_or(ProtobufError::TooDeep)?;
     let mut object = Map::new();
-    fill(message, bytes, &mut object)?;
+    fill(message, bytes, &mut object, depth)?;
     Ok(Value::Object(object))
 }
 
-fn fill(message: &Message, bytes: &[u8], object: &mut Map<String, Value>) -> Result<(), ProtobufError> {
+fn fill(message: &Message, bytes: &[u8], object: &mut Map<String, Value>, depth: usize) -> Result<(), ProtobufError> {
     for field in fields(bytes) {
         let (number, data) = field?;
         let Some(field) = message.fields.iter().find(|f| f.number == number) else { continue };
@@ -24,24 +26,24 @@ fn fill(message: &Message, bytes: &[u8], object: &mut Map<String, Value>) -> Res
             if let (Shape::Message(name), Data::Bytes(inner)) = (field.shape, data)
                 && let Some(inner_message) = table::find(name)
             {
-                fill(inner_message, inner, object)?;
+                fill(inner_message, inner, object, depth)?;
             }
             continue;
         }
         match field.many {
             Many::Map => {
-                let (key, value) = entry(field, data)?;
+                let (key, value) = entry(field, data, depth)?;
                 meta::map_mut(object.entry(field.name).or_insert(Value::Null)).insert(key, value);
             }
             Many::List => {
-                let value = one(field, data)?;
+                let value = one(field, data, depth)?;
                 match object.entry(field.name).or_insert_with(|| json!([])) {
                     Value::Array(items) => items.push(value),
                     other => *other = json!([value]),
                 }
             }
             Many::One => {
-                let value = one(field, data)?;
+                let value = one(field, data, depth)?;
                 let absent = value.is_null() || (field.omit_zero && meta::is_empty(&value) && !value.is_object());
                 if !absent {
                     object.insert(field.name.to_string(), value);
@@ -52,19 +54,19 @@ fn fill(message: &Message, bytes: &[u8], object: &mut Map<String, Value>) -> Res
     Ok(())
 }
 
-fn entry(field: &Field, data: Data<'_>) -> Result<(String, Value), ProtobufError> {
+fn entry(field: &Field, data: Data<'_>, depth: usize) -> Result<(String, Value), ProtobufError> {
     let Data::Bytes(bytes) = data else { return Err(mismatch(field)) };
     let (mut key, mut value) = (String::new(), None);
     for part in fields(bytes) {
         match part? {
             (1, Data::Bytes(text)) => key = String::from_utf8_lossy(text).into_owned(),
-            (2, data) => value = Some(one(field, data)?),
+            (2, data) => value = Some(one(field, data, depth)?),
             _ => {}
         }
     }
     let value = match value {
         Some(value) => value,
-        None => one(field, Data::Bytes(&[]))?,
+        None => one(field, Data::Bytes(&[]), depth)?,
     };
     Ok((key, value))
 }
@@ -73,7 +75,7 @@ fn mismatch(field: &Field) -> ProtobufError {
     ProtobufError::Mismatch(field.name.to_string())
 }
 
-fn one(field: &Field, data: Data<'_>) -> Result<Value, ProtobufError> {
+fn one(field: &Field, data: Data<'_>, depth: usize) -> Result<Value, ProtobufError> {
     match (field.shape, data) {
         (Shape::Scalar(Scalar::Text), Data::Bytes(bytes)) => {
             Ok(std::str::from_utf8(bytes).map_err(|_| ProtobufError::Wire("invalid UTF-8"))?.into())
@@ -84,10 +86,10 @@ fn one(field: &Field, data: Data<'_>) -> Result<Value, ProtobufError> {
         (Shape::Scalar(Scalar::Double), Data::Fixed64(bits)) => Ok(number(f64::from_bits(bits))),
         (Shape::Scalar(Scalar::Double), Data::Fixed32(bits)) => Ok(number(f32::from_bits(bits).into())),
         (Shape::Message(name), Data::Bytes(bytes)) => match table::find(name) {
-            Some(inner) => message(inner, bytes),
+            Some(inner) => message(inner, bytes, depth),
             None => Err(mismatch(field)),
         },
-        (Shape::Special(special), Data::Bytes(bytes)) => self::special(special, bytes),
+        (Shape::Special(special), Data::Bytes(bytes)) => self::special(special, bytes, depth),
         _ => Err(mismatch(field)),
     }
 }
@@ -97,7 +99,7 @@ fn number(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 1e15 { (value as i64).into() } else { value.into() }
 }
 
-fn special(special: Special, bytes: &[u8]) -> Result<Value, ProtobufError> {
+fn special(special: Special, bytes: &[u8], depth: usize) -> Result<Value, ProtobufError> {
     let mut integers = [0i64; 4];
     let mut parts: [Vec<&[u8]>; 4] = Default::default();
     for field in fields(bytes) {
@@ -110,7 +112,7 @@ fn special(special: Special, bytes: &[u8]) -> Result<Value, ProtobufError> {
     let text = |n: usize| parts[n].first().map(|t| String::from_utf8_lossy(t).into_owned()).unwrap_or_default();
     let texts = |n: usize| Value::Array(parts[n].iter().map(|t| String::from_utf8_lossy(t).into_owned().into()).collect());
     let schema = |part: &[u8]| match table::find("apiextensions/v1 JSONSchemaProps") {
-        Some(inner) => message(inner, part),
+        Some(inner) => message(inner, part, depth),
         None => Err(ProtobufError::UnknownKind("JSONSchemaProps".into())),
     };
     Ok(match special {

@@ -13,6 +13,8 @@ use serde_json::Value;
 pub use table::Message;
 
 const MAGIC: &[u8] = b"k8s\0";
+/// Each message is up to two levels of JSON, whose readers stop at 128.
+const MAX_DEPTH: usize = 60;
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProtobufError {
@@ -24,6 +26,8 @@ pub enum ProtobufError {
     UnknownKind(String),
     #[error("field {0} does not fit its protobuf type")]
     Mismatch(String),
+    #[error("exceeded max depth")]
+    TooDeep,
 }
 
 /// An enveloped object as JSON, with its apiVersion and kind.
@@ -46,7 +50,7 @@ pub fn decode(bytes: &[u8]) -> Result<Value, ProtobufError> {
         }
     }
     let message = table::of_kind(&api_version, &kind).ok_or_else(|| ProtobufError::UnknownKind(format!("{api_version} {kind}")))?;
-    let mut object = decode::message(message, raw)?;
+    let mut object = decode::message(message, raw, MAX_DEPTH)?;
     if !api_version.is_empty() {
         meta::set_type(&mut object, &api_version, &kind);
     }
@@ -138,6 +142,20 @@ mod tests {
             let kept = |path: &str| assert_eq!(back.pointer(path), object.pointer(path), "{path} of {}", object["kind"]);
             ["/webhooks", "/spec/validations", "/spec/variables", "/spec/boundObjectRef", "/spec/parameters"].into_iter().for_each(kept);
         }
+    }
+
+    #[test]
+    fn depth_is_limited() {
+        let nested = |levels| {
+            let schema = (0..levels).fold(json!({"type": "string"}), |inner, _| json!({"type": "array", "items": inner}));
+            json!({
+                "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": {"name": "r"},
+                "spec": {"group": "g", "names": {"plural": "p", "kind": "K"}, "scope": "Namespaced",
+                    "versions": [{"name": "v1", "served": true, "storage": true, "schema": {"openAPIV3Schema": schema}}]},
+            })
+        };
+        assert!(decode(&encode(&nested(MAX_DEPTH / 2)).unwrap()).is_ok());
+        assert_eq!(decode(&encode(&nested(MAX_DEPTH)).unwrap()), Err(ProtobufError::TooDeep));
     }
 
     #[test]
