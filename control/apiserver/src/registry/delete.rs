@@ -270,7 +270,7 @@ fn graceful_state(
                 return Some((next, true));
             }
             let start = outrigger_api::time::parse(meta::text(current, "metadata.deletionTimestamp")).unwrap_or(now);
-            let end = start - SignedDuration::from_secs(before) + SignedDuration::from_secs(grace);
+            let end = after(start, grace.saturating_sub(before));
             meta::set(&mut next, "metadata.deletionTimestamp", outrigger_api::time::format(end));
             meta::set(&mut next, "metadata.deletionGracePeriodSeconds", grace);
             return Some((next, false));
@@ -294,8 +294,13 @@ fn namespace_state(_options: &DeleteOptions, mut next: Value) -> Option<(Value, 
     Some((next, false))
 }
 
+/// The time so many seconds later; what no timestamp can say is the last one.
+fn after(time: Timestamp, seconds: i64) -> Timestamp {
+    time.saturating_add(SignedDuration::from_secs(seconds)).unwrap_or(Timestamp::MAX)
+}
+
 fn mark(object: &mut Value, now: Timestamp, grace: i64) {
-    let end = now + SignedDuration::from_secs(grace);
+    let end = after(now, grace);
     meta::set(object, "metadata.deletionTimestamp", outrigger_api::time::format(end));
     meta::set(object, "metadata.deletionGracePeriodSeconds", grace);
     let generation = meta::generation(object);
@@ -353,6 +358,13 @@ mod tests {
     fn state(kind: &str, options: DeleteOptions, object: Value) -> Option<(Value, bool)> {
         let resource = outrigger_api::builtin::by_kind("", "v1", kind).unwrap();
         next_state(resource, &options, &object)
+    }
+
+    #[test]
+    fn no_grace_period_reaches_beyond_the_last_timestamp() {
+        let now = Timestamp::now();
+        assert_eq!(after(now, 30), now + SignedDuration::from_secs(30));
+        assert_eq!(after(now, i64::MAX), Timestamp::MAX);
     }
 
     #[test]

@@ -126,7 +126,8 @@ fn check_options(call: &Call) -> Result<bool, Status> {
 /// `timeoutSeconds`, or 30 to 60 minutes as upstream.
 fn time_limit(call: &Call) -> Duration {
     match call.query.number("timeoutSeconds") {
-        Some(seconds) if seconds > 0 => Duration::from_secs(seconds as u64),
+        // An instant cannot hold every number of seconds; a year is as good as for ever.
+        Some(seconds) if seconds > 0 => Duration::from_secs((seconds as u64).min(365 * 24 * 3600)),
         _ => Duration::from_secs(rand::rng().random_range(1800..3600)),
     }
 }
