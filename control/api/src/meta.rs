@@ -227,6 +227,19 @@ pub fn stamp_new(object: &mut Value, uid: &str, now: jiff::Timestamp, generated_
     metadata.insert("creationTimestamp".into(), crate::time::format(now).into());
 }
 
+/// The levels of containers that JSON's readers, which stop at 128, take; all objects stay within them, or they could not be read again.
+pub const MAX_DEPTH: usize = 127;
+
+/// Whether containers are nested deeper than `limit`.
+pub fn deeper_than(value: &Value, limit: usize) -> bool {
+    let within = limit.saturating_sub(1);
+    match value {
+        Value::Array(items) => limit == 0 || items.iter().any(|item| deeper_than(item, within)),
+        Value::Object(map) => limit == 0 || map.values().any(|item| deeper_than(item, within)),
+        _ => false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -51,6 +51,9 @@ pub fn decode(bytes: &[u8]) -> Result<Value, ProtobufError> {
     }
     let message = table::of_kind(&api_version, &kind).ok_or_else(|| ProtobufError::UnknownKind(format!("{api_version} {kind}")))?;
     let mut object = decode::message(message, raw, MAX_DEPTH)?;
+    if meta::deeper_than(&object, meta::MAX_DEPTH) {
+        return Err(ProtobufError::TooDeep);
+    }
     if !api_version.is_empty() {
         meta::set_type(&mut object, &api_version, &kind);
     }
