@@ -300,6 +300,15 @@ impl Hub {
         caches.iter().map(|(prefix, cache)| (prefix.clone(), cache.len())).collect()
     }
 
+    /// The store keys, without their root, of all present objects.
+    pub fn keys(&self) -> Vec<String> {
+        let caches = self.caches.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let of = |prefix: &str, cache: &ResourceCache| -> Vec<String> {
+            cache.read().live.keys().map(|key| format!("{prefix}/{key}")).collect()
+        };
+        caches.iter().flat_map(|(prefix, cache)| of(prefix, cache)).collect()
+    }
+
     /// The revision up to which all changes have been seen.
     pub fn revision(&self) -> u64 {
         *self.reached.borrow()
