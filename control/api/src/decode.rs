@@ -9,6 +9,16 @@ use crate::quantity::Quantity;
 use crate::resource::Resource;
 use crate::types::{self, Shape, TypeId};
 
+/// Findings beyond these are not told, as upstream: a body of nothing else would make an answer many times its size.
+const MAX_FINDINGS: usize = 100;
+
+/// Adds one more finding, unless there are enough.
+pub(crate) fn find(findings: &mut Vec<String>, finding: impl FnOnce() -> String) {
+    if findings.len() < MAX_FINDINGS {
+        findings.push(finding());
+    }
+}
+
 /// What a decode found besides errors.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Decoded {
@@ -60,26 +70,28 @@ impl Walk {
         let found = &types::graph().types[id];
         let Value::Object(map) = value else { return Err(self.mismatch(value, &format!("v1.{}", found.name))) };
         let outer = std::mem::replace(&mut self.owner, id);
-        let mut dropped = Vec::new();
+        let mut dropped = HashSet::new();
         for (key, item) in map.iter_mut() {
             let length = self.enter(key);
             match found.field(key) {
                 None => {
-                    dropped.push(key.clone());
-                    self.found.unknown.push(self.path.clone());
+                    dropped.insert(key.clone());
+                    find(&mut self.found.unknown, || self.path.clone());
                 }
-                Some(_) if item.is_null() => dropped.push(key.clone()),
+                Some(_) if item.is_null() => {
+                    dropped.insert(key.clone());
+                }
                 Some(field) => {
                     self.value(&field.shape, item)?;
                     if field.omit_zero && !matches!(field.shape, Shape::Struct(_) | Shape::Quantity) && crate::meta::is_empty(item) {
-                        dropped.push(key.clone());
+                        dropped.insert(key.clone());
                     }
                 }
             }
             self.path.truncate(length);
         }
-        for key in dropped {
-            map.shift_remove(&key);
+        if !dropped.is_empty() {
+            map.retain(|key, _| !dropped.contains(key));
         }
         write_zeros(id, map);
         self.owner = outer;
@@ -295,17 +307,26 @@ fn read_json(bytes: &[u8], notes: &mut Notes) -> Result<Value, String> {
 pub struct Notes {
     /// `duplicate field "a.b"`, and `unknown field "a.b"` for the paths asked for.
     pub findings: Vec<String>,
-    /// The keys of the duplicates among the findings, in order.
-    pub keys: Vec<String>,
+    /// The keys of the duplicates, each with the reader's error there, which says where it stands; only where places are wanted.
+    pub repeated: Vec<(String, String)>,
     unknown: HashSet<String>,
-    /// Makes the duplicate of this number an error, whose place then says where it stands.
-    fail_at: Option<usize>,
+    locating: bool,
+    /// How many nodes and bytes of text may still be read.
+    budget: Option<usize>,
 }
 
 impl Notes {
-    /// Notes of a read that ends at the duplicate of this number.
-    pub fn failing_at(number: usize) -> Notes {
-        Notes { fail_at: Some(number), ..Notes::default() }
+    /// Notes of a read that keeps the places of duplicates, of a format that can repeat a part of its text: no more than `budget`
+    /// nodes and bytes of text come out of it.
+    pub fn locating(budget: usize) -> Notes {
+        Notes { locating: true, budget: Some(budget), ..Notes::default() }
+    }
+
+    fn spend<E: serde::de::Error>(&mut self, cost: usize) -> Result<(), E> {
+        if let Some(budget) = &mut self.budget {
+            *budget = budget.checked_sub(cost).ok_or_else(|| E::custom("document contains excessive aliasing"))?;
+        }
+        Ok(())
     }
 }
 
@@ -352,11 +373,13 @@ impl<'de> Visitor<'de> for Tracking<'_> {
         Number::from_f64(value).map(Value::Number).ok_or_else(|| E::custom("not a JSON number"))
     }
 
-    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+    fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<Value, E> {
+        self.notes.spend::<E>(value.len())?;
         Ok(value.into())
     }
 
-    fn visit_string<E>(self, value: String) -> Result<Value, E> {
+    fn visit_string<E: serde::de::Error>(self, value: String) -> Result<Value, E> {
+        self.notes.spend::<E>(value.len())?;
         Ok(value.into())
     }
 
@@ -369,6 +392,7 @@ impl<'de> Visitor<'de> for Tracking<'_> {
         while let Some(item) =
             access.next_element_seed(Tracking { path: format!("{}[{}]", self.path, items.len()), notes: &mut *self.notes })?
         {
+            self.notes.spend::<A::Error>(1)?;
             items.push(item);
         }
         Ok(Value::Array(items))
@@ -376,14 +400,27 @@ impl<'de> Visitor<'de> for Tracking<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
         let mut map = Map::new();
-        while let Some(key) = access.next_key_seed(Key { known: &map, notes: &*self.notes })? {
+        loop {
+            let mut repeated = None;
+            let known = self.notes.locating.then_some((&map, &mut repeated));
+            let key = match (access.next_key_seed(Key { known }), repeated) {
+                (Ok(Some(key)), _) => key,
+                (Ok(None), _) => break,
+                (Err(error), Some(key)) => {
+                    if self.notes.repeated.len() < MAX_FINDINGS {
+                        self.notes.repeated.push((key.clone(), error.to_string()));
+                    }
+                    key
+                }
+                (Err(error), None) => return Err(error),
+            };
+            self.notes.spend::<A::Error>(1 + key.len())?;
             let path = if self.path.is_empty() { key.clone() } else { format!("{}.{key}", self.path) };
             if map.contains_key(&key) {
-                self.notes.findings.push(format!("duplicate field \"{path}\""));
-                self.notes.keys.push(key.clone());
+                find(&mut self.notes.findings, || format!("duplicate field \"{path}\""));
             }
             if self.notes.unknown.remove(&path) {
-                self.notes.findings.push(format!("unknown field \"{path}\""));
+                find(&mut self.notes.findings, || format!("unknown field \"{path}\""));
             }
             let value = access.next_value_seed(Tracking { path, notes: &mut *self.notes })?;
             map.insert(key, value);
@@ -394,8 +431,8 @@ impl<'de> Visitor<'de> for Tracking<'_> {
 
 /// An object's key as text; numbers and booleans, which YAML allows, as they are written.
 struct Key<'a> {
-    known: &'a Map<String, Value>,
-    notes: &'a Notes,
+    /// Where the place of a key that is known already is wanted, reading it fails, with the place, and leaves it here.
+    known: Option<(&'a Map<String, Value>, &'a mut Option<String>)>,
 }
 
 impl<'de> DeserializeSeed<'de> for Key<'_> {
@@ -414,8 +451,11 @@ impl Visitor<'_> for Key<'_> {
     }
 
     fn visit_str<E: serde::de::Error>(self, key: &str) -> Result<String, E> {
-        if self.notes.fail_at == Some(self.notes.keys.len()) && self.known.contains_key(key) {
-            return Err(E::custom(key));
+        if let Some((known, repeated)) = self.known
+            && known.contains_key(key)
+        {
+            *repeated = Some(key.to_string());
+            return Err(E::custom("already set"));
         }
         Ok(key.to_string())
     }
@@ -488,6 +528,8 @@ mod tests {
         assert_eq!(value, json!({"a": 2.5, "b": [{"c": 2}]}));
         assert_eq!(duplicates, ["duplicate field \"b[0].c\"", "duplicate field \"a\""]);
         assert!(parse_json(b"{} x").is_err());
+        let (_, many) = parse_json(format!("{{{}\"a\": 1}}", "\"a\": 1,".repeat(1000)).as_bytes()).expect("parses");
+        assert_eq!(many.len(), MAX_FINDINGS);
         let text = br#"{"spec": {"x": 1, "a": 1, "a": 2, "y": 3}}"#;
         let found = in_document_order(text, &["spec.x".into(), "spec.y".into()]);
         assert_eq!(found, ["unknown field \"spec.x\"", "duplicate field \"spec.a\"", "unknown field \"spec.y\""]);

@@ -13,6 +13,9 @@ pub const YAML: &str = "application/yaml";
 pub const PROTOBUF: &str = "application/vnd.kubernetes.protobuf";
 pub const SUPPORTED: &[&str] = &[JSON, YAML, PROTOBUF];
 
+/// Nodes and bytes of text that a YAML document's aliases may add to it.
+const ALIASED: usize = 400_000;
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Encoding {
     #[default]
@@ -123,17 +126,19 @@ pub fn decode_json(body: &[u8]) -> Result<Value, Status> {
 }
 
 pub fn decode_yaml(body: &[u8]) -> Result<Value, Status> {
-    serde_yaml_ng::from_slice(body).map_err(|error| Status::bad_request(format!("error converting YAML to JSON: {error}")))
+    decode_yaml_strictly(body).map(|(value, _)| value)
 }
 
 /// YAML, and its duplicate fields as upstream's strict YAML reader reports them: in one finding, with their lines.
 pub fn decode_yaml_strictly(body: &[u8]) -> Result<(Value, Vec<String>), Status> {
-    let mut notes = Notes::default();
-    let read = |notes: &mut Notes| Tracking::new(notes).deserialize(serde_yaml_ng::Deserializer::from_slice(body));
-    let value = read(&mut notes).map_err(|error| Status::bad_request(format!("error converting YAML to JSON: {error}")))?;
-    let places = notes.keys.iter().enumerate().filter_map(|(number, key)| {
-        let error = read(&mut Notes::failing_at(number)).err()?;
-        Some(format!("\n  line {}: key {key:?} already set in map", error.location()?.line()))
+    // Text without aliases makes no more than this of itself; aliases may add as much as upstream lets a small document have.
+    let mut notes = Notes::locating(body.len().saturating_mul(4).saturating_add(ALIASED));
+    let value = Tracking::new(&mut notes)
+        .deserialize(serde_yaml_ng::Deserializer::from_slice(body))
+        .map_err(|error| Status::bad_request(format!("error converting YAML to JSON: {error}")))?;
+    let places = notes.repeated.iter().filter_map(|(key, error)| {
+        let line = error.rsplit_once(" at line ")?.1.split(' ').next()?;
+        Some(format!("\n  line {line}: key {key:?} already set in map"))
     });
     let places: String = places.collect();
     let findings = (!places.is_empty()).then(|| format!("yaml: unmarshal errors:{places}"));
@@ -170,5 +175,17 @@ mod tests {
         let expected = "yaml: unmarshal errors:\n  line 5: key \"foo\" already set in map\n  line 6: key \"a\" already set in map";
         assert_eq!(findings, [expected]);
         assert_eq!(decode_yaml_strictly(b"a: 1\n").unwrap().1, Vec::<String>::new());
+    }
+    #[test]
+    fn yaml_aliases_cannot_fill_the_memory() {
+        assert_eq!(decode_yaml(b"a: &x [1, two]\nb: *x\n").unwrap(), serde_json::json!({"a": [1, "two"], "b": [1, "two"]}));
+        let tens = |name: &str| vec![name; 10].join(", ");
+        let mut bomb = format!("a0: &a0 [{}]\n", tens("x"));
+        for level in 1..8 {
+            bomb.push_str(&format!("a{level}: &a{level} [{}]\n", tens(&format!("*a{}", level - 1))));
+        }
+        assert_eq!(decode_yaml(bomb.as_bytes()).unwrap_err().code, 400);
+        let long = format!("a: &a {}\nb: [{}]\n", "x".repeat(100_000), tens("*a"));
+        assert_eq!(decode_yaml(long.as_bytes()).unwrap_err().code, 400);
     }
 }

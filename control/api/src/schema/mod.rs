@@ -2,11 +2,13 @@
 mod formats;
 mod validate;
 
+use std::collections::HashSet;
+
 use serde_json::Value;
 
 pub use validate::{validate, validate_update};
 
-use crate::decode::decode_metadata;
+use crate::decode::{decode_metadata, find};
 
 const META_FIELDS: [&str; 3] = ["apiVersion", "kind", "metadata"];
 const PRESERVE: &str = "x-kubernetes-preserve-unknown-fields";
@@ -69,11 +71,11 @@ impl Pruning {
             let prefix = self.path.clone();
             // A wrong type in embedded metadata is validation's to report.
             if let Ok(found) = decode_metadata(value, &prefix) {
-                self.unknown.extend(found.unknown);
+                found.unknown.into_iter().for_each(|path| find(&mut self.unknown, || path));
             }
         }
         let Value::Object(map) = value else { return };
-        let mut dropped = Vec::new();
+        let mut dropped = HashSet::new();
         for (key, item) in map.iter_mut() {
             if is_resource && META_FIELDS.contains(&key.as_str()) {
                 continue;
@@ -94,14 +96,14 @@ impl Pruning {
                 (None, Some(extra)) => self.value(Some(extra), item, false),
                 (None, None) if preserve => {}
                 (None, None) => {
-                    self.unknown.push(self.path.clone());
-                    dropped.push(key.clone());
+                    find(&mut self.unknown, || self.path.clone());
+                    dropped.insert(key.clone());
                 }
             }
             self.path.truncate(length);
         }
-        for key in dropped {
-            map.shift_remove(&key);
+        if !dropped.is_empty() {
+            map.retain(|key, _| !dropped.contains(key));
         }
     }
 }
