@@ -34,6 +34,26 @@ pub struct Call {
 /// Longest name of a field manager.
 const MANAGER_LIMIT: usize = 128;
 
+/// Warnings gathered for one answer.
+const MAX_WARNINGS: usize = 256;
+/// Letters that an answer's warnings may have together, and each of them when they have more: headers have their limits.
+const WARNINGS_LETTERS: usize = 4 * 1024;
+const WARNING_LETTERS: usize = 256;
+
+fn limited(warnings: Vec<String>) -> Vec<String> {
+    let letters = |text: &String| text.chars().count();
+    if warnings.iter().map(letters).sum::<usize>() <= WARNINGS_LETTERS {
+        return warnings;
+    }
+    let cut = warnings.into_iter().map(|text| text.chars().take(WARNING_LETTERS).collect::<String>());
+    let mut written = 0;
+    cut.take_while(|text| {
+        written += letters(text);
+        written <= WARNINGS_LETTERS
+    })
+    .collect()
+}
+
 /// The field manager: as given, else the client's program; clients in this process are known by their user.
 pub fn manager(query: &Query, agent: &str, user: &UserInfo) -> String {
     let given = query.text("fieldManager");
@@ -129,13 +149,13 @@ impl Call {
     pub fn warn(&self, text: impl Into<String>) {
         let text = text.into();
         let mut warnings = self.warnings.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if !warnings.contains(&text) {
+        if warnings.len() < MAX_WARNINGS && !warnings.contains(&text) {
             warnings.push(text);
         }
     }
 
     pub fn take_warnings(&self) -> Vec<String> {
-        std::mem::take(&mut *self.warnings.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
+        limited(std::mem::take(&mut *self.warnings.lock().unwrap_or_else(|poisoned| poisoned.into_inner())))
     }
 
     pub fn namespace(&self) -> &str {
@@ -186,4 +206,17 @@ pub fn parse_dry_run(values: &[String], verb: &str) -> Result<bool, Status> {
         }
     }
     Ok(values.iter().any(|v| v == "All"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn warnings_are_cut_only_when_they_are_too_long_together() {
+        let one = vec!["x".repeat(1000)];
+        assert_eq!(limited(one.clone()), one);
+        let many = limited(vec!["é".repeat(1000); 20]);
+        assert_eq!((many.len(), many[0].chars().count()), (16, 256));
+    }
 }

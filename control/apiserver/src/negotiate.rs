@@ -179,7 +179,7 @@ mod tests {
     #[test]
     fn yaml_aliases_cannot_fill_the_memory() {
         assert_eq!(decode_yaml(b"a: &x [1, two]\nb: *x\n").unwrap(), serde_json::json!({"a": [1, "two"], "b": [1, "two"]}));
-        let tens = |name: &str| vec![name; 10].join(", ");
+        let tens = |name: &str| [name; 10].join(", ");
         let mut bomb = format!("a0: &a0 [{}]\n", tens("x"));
         for level in 1..8 {
             bomb.push_str(&format!("a{level}: &a{level} [{}]\n", tens(&format!("*a{}", level - 1))));
