@@ -61,6 +61,12 @@ impl Packet {
     const fn opens(&self) -> bool {
         matches!(self.part, Part::Whole) && (self.tuple.protocol != TCP || self.tcp & (SYN | ACK | RST | FIN) == SYN)
     }
+
+    /// Whether it is the first answer of a new TCP connection.
+    #[inline(always)]
+    const fn accepts(&self) -> bool {
+        matches!(self.part, Part::Whole) && self.tuple.protocol == TCP && self.tcp & (SYN | ACK | RST | FIN) == SYN | ACK
+    }
 }
 
 /// What to do with the packet; the tuple that it gets is handed back beside it.
@@ -86,6 +92,11 @@ const fn on_leaving(flow: &Flow) -> bool {
 pub fn arrive<T: Tables, F: Flows>(tables: &T, flows: &F, node: &Uplink, outside: bool, packet: &Packet, to: &mut Tuple) -> Action {
     if let Some(flow) = flows.flow(&packet.tuple) {
         let ended = flow.flags & flow_flags::CLOSED != 0;
+        if ended && packet.accepts() {
+            // A socket of the node itself has dialled from the port of a connection that is over.
+            flows.remove_flow(&packet.tuple);
+            return Action::Pass;
+        }
         if !(ended && packet.opens()) {
             if on_leaving(flow) {
                 return Action::Pass;

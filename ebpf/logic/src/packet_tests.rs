@@ -81,6 +81,17 @@ fn the_port_of_a_connection_that_is_over_serves_another() {
     assert_eq!(arrives(&fake, back), (Action::Forward, tuple(NODE, other)));
 }
 
+#[test]
+fn the_port_of_a_connection_that_is_over_serves_the_node_itself() {
+    let fake = node(false);
+    let (_, there) = arrives(&fake, packet(CLIENT, NODE, SYN));
+    arrives(&fake, packet(CLIENT, NODE, RST));
+    for tcp in [SYN | ACK, ACK, FIN | ACK] {
+        let back = Packet { tuple: there.reversed(), tcp, part: Part::Whole };
+        assert_eq!(arrives(&fake, back).0, Action::Pass);
+    }
+}
+
 fn from_pod(fake: &Fake, packet: Packet) -> (Action, Tuple) {
     let mut to = Tuple::default();
     (arrive(fake, fake, &uplink(), false, &packet, &mut to), to)
