@@ -108,7 +108,7 @@ fn build(packages: &[&str]) -> Result<()> {
 fn pods(count: usize, parallel: usize) -> Result<()> {
     const NAME: &str = "bench-pods";
     build(&["outrigger-bench"])?;
-    let cluster = up::start(&up::Options {
+    let started = up::start(&up::Options {
         nodes: 1,
         name: NAME.into(),
         proxy_mode: "auto".into(),
@@ -116,21 +116,16 @@ fn pods(count: usize, parallel: usize) -> Result<()> {
         no_demo: true,
         profile: "release".into(),
     });
-    let cluster = match cluster {
-        Ok(cluster) => cluster,
-        Err(error) => {
-            down::run(&down::Options { name: NAME.into() })?;
-            return Err(error);
-        }
-    };
-    let output = Command::new(paths::target().join("release/pods"))
-        .arg("--kubeconfig")
-        .arg(cluster.kubeconfig())
-        .args(["--runtime-endpoint", &format!("unix://{}", cluster.containerd_socket(0).display())])
-        .args(["--cgroup-parent", &format!("/{}/bench", cluster.cgroup(&Cluster::node_name(0)))])
-        .args(["--image", images::demo::BUSYBOX, "--count", &count.to_string(), "--parallel", &parallel.to_string()])
-        .output()
-        .context("run the bench's client");
+    let output = started.and_then(|cluster| {
+        Command::new(paths::target().join("release/pods"))
+            .arg("--kubeconfig")
+            .arg(cluster.kubeconfig())
+            .args(["--runtime-endpoint", &format!("unix://{}", cluster.containerd_socket(0).display())])
+            .args(["--cgroup-parent", &format!("/{}/bench", cluster.cgroup(&Cluster::node_name(0)))])
+            .args(["--image", images::demo::BUSYBOX, "--count", &count.to_string(), "--parallel", &parallel.to_string()])
+            .output()
+            .context("run the bench's client")
+    });
     down::run(&down::Options { name: NAME.into() })?;
     let output = output?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -55,7 +55,7 @@ pub fn run_suite(options: &Options) -> Result<()> {
     let images = images::build(&images::conformance::recipes())?;
     let report = options.report.clone().unwrap_or_else(|| paths::target().join("conformance"));
     fs::create_dir_all(&report).with_context(|| format!("create {}", report.display()))?;
-    let found = Running::read(&paths::lab(&options.name)).is_ok_and(|running| running.is_alive());
+    let found = Running::is_there(&paths::lab(&options.name));
     let outcome = lab(options, found, &images).and_then(|cluster| phases(options, &cluster, &ginkgo, &suite, &report));
     if !options.keep && !found {
         down::run(&down::Options { name: options.name.clone() })?;

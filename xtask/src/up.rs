@@ -57,7 +57,7 @@ pub fn start(options: &Options) -> Result<Cluster> {
     let binaries = build(&options.profile)?;
     let images = images::build(&images::demo::recipes())?;
     let directory = paths::lab(&options.name);
-    if Running::read(&directory).is_ok_and(|running| running.is_alive()) {
+    if Running::is_there(&directory) {
         anyhow::bail!("the cluster {0} runs already: use it, or `cargo xtask down --name {0}` first", options.name);
     }
     Lab::destroy(&options.name, &directory)?;

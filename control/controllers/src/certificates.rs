@@ -67,11 +67,11 @@ async fn sync(informers: Arc<Informers>, config: Arc<Config>, key: Key) -> Outco
 /// Approves if the requester may: for itself as a node, or as one that brings nodes in.
 async fn approve(informers: &Informers, request: &CertificateSigningRequest) -> Outcome {
     let user = request.spec.username.clone().unwrap_or_default();
+    let Ok(asked) = Csr::from_pem(&request.spec.request.0) else { return Ok(None) };
     // Nobody can be asked whether they may if they aren't named.
-    if fits(request).is_err() || user.is_empty() {
+    if user.is_empty() || asked.check_kubelet_client(request.spec.usages.as_deref().unwrap_or_default()).is_err() {
         return Ok(None);
     }
-    let Ok(asked) = Csr::from_pem(&request.spec.request.0) else { return Ok(None) };
     let recognizers = [
         ("selfnodeclient", user == asked.common_name, "Auto approving self kubelet client certificate after SubjectAccessReview."),
         ("nodeclient", true, "Auto approving kubelet client certificate after SubjectAccessReview."),
@@ -211,14 +211,7 @@ mod tests {
     use super::*;
 
     /// O system:nodes, CN system:node:a.
-    const NODE: &str = "-----BEGIN CERTIFICATE REQUEST-----
-MIHpMIGRAgEAMC8xFTATBgNVBAoMDHN5c3RlbTpub2RlczEWMBQGA1UEAwwNc3lz
-dGVtOm5vZGU6YTBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABNwBn1p58Ou4vrk4
-Dd4CS5ybBsQ6gSoQMjDgWpWDmijJ/kB1LUYkvE9y1OO+OaItBaufbr2Dk6kvEKuz
-T00CO6+gADAKBggqhkjOPQQDAgNHADBEAiAci8QMMDab7ymvZfiBResR8p56JrD/
-wLWOOV8IO4LFUgIgdxUvMOMrY2k5Hfq8wCn+dhQa/RMVT2xFpFRzdEIMz/A=
------END CERTIFICATE REQUEST-----
-";
+    const NODE: &str = include_str!("../../access/testdata/node.csr");
     /// The same with a DNS name and an address.
     const NODE_SERVING: &str = "-----BEGIN CERTIFICATE REQUEST-----
 MIIBDzCBtgIBADAvMRUwEwYDVQQKDAxzeXN0ZW06bm9kZXMxFjAUBgNVBAMMDXN5

@@ -184,6 +184,11 @@ impl Running {
         serde_json::from_slice(&text).with_context(|| format!("parse {}", path.display()))
     }
 
+    /// Whether the lab of that directory runs.
+    pub fn is_there(directory: &Path) -> bool {
+        Self::read(directory).is_ok_and(|running| running.is_alive())
+    }
+
     pub fn is_alive(&self) -> bool {
         is_lab(self.pid, &self.name)
     }

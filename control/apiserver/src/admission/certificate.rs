@@ -89,14 +89,7 @@ CwIgLCLqk8tCO6NbSnKvAFP3vSf5w72Zc/mOaSiH8g360KM=
 -----END CERTIFICATE REQUEST-----
 ";
     /// O system:nodes, CN system:node:a.
-    const NODE: &str = "-----BEGIN CERTIFICATE REQUEST-----
-MIHpMIGRAgEAMC8xFTATBgNVBAoMDHN5c3RlbTpub2RlczEWMBQGA1UEAwwNc3lz
-dGVtOm5vZGU6YTBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABNwBn1p58Ou4vrk4
-Dd4CS5ybBsQ6gSoQMjDgWpWDmijJ/kB1LUYkvE9y1OO+OaItBaufbr2Dk6kvEKuz
-T00CO6+gADAKBggqhkjOPQQDAgNHADBEAiAci8QMMDab7ymvZfiBResR8p56JrD/
-wLWOOV8IO4LFUgIgdxUvMOMrY2k5Hfq8wCn+dhQa/RMVT2xFpFRzdEIMz/A=
------END CERTIFICATE REQUEST-----
-";
+    const NODE: &str = include_str!("../../../access/testdata/node.csr");
 
     #[test]
     fn nobody_asks_for_masters() {

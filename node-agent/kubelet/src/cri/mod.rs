@@ -49,9 +49,9 @@ pub struct ExecOutput {
 
 impl ExecOutput {
     /// What fits into an event or a status of all that was written, as much as upstream takes of a probe's output.
-    pub fn message(self) -> String {
+    pub fn message(&self) -> String {
         const LIMIT: usize = 10 << 10;
-        let mut written = [self.stdout, self.stderr].concat();
+        let mut written = [self.stdout.as_slice(), &self.stderr].concat();
         written.truncate(LIMIT);
         String::from_utf8_lossy(&written).into_owned()
     }

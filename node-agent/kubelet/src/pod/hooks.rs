@@ -18,8 +18,7 @@ pub async fn run(
     if let Some(exec) = &hook.exec {
         let command = exec.command.clone().unwrap_or_default();
         let output = host.cri.exec_sync(container_id, command.clone(), Duration::ZERO).await.map_err(|error| error.to_string())?;
-        let exit_code = output.exit_code;
-        if exit_code == 0 {
+        if output.exit_code == 0 {
             return Ok(());
         }
         let text = output.message();
@@ -28,7 +27,7 @@ pub async fn run(
             container.name,
             super::meta::full_name(pod),
             command.join(" "),
-            exit_code
+            output.exit_code
         ));
     }
     if let Some(get) = &hook.http_get {

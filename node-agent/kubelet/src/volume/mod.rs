@@ -1,5 +1,6 @@
 //! A pod's volumes on the node's disk: made before its containers start, kept up to date, taken away after they ended.
 use std::collections::HashMap;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -84,6 +85,11 @@ pub fn references(pod: &Pod) -> References {
 /// Where a volume of that kind lives: `<pod>/volumes/kubernetes.io~<plugin>/<name>`.
 pub fn volume_dir(config: &Config, pod: &Pod, plugin: &str, name: &str) -> PathBuf {
     config.pod_dir(uid_of(pod)).join("volumes").join(format!("kubernetes.io~{plugin}")).join(name)
+}
+
+/// A path of what was opened, whatever has its name by now.
+fn path_of(opened: &OwnedFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", opened.as_raw_fd()))
 }
 
 /// The file that tells that the volume has been set up; it goes with the pod.

@@ -2,7 +2,7 @@
 use std::ffi::OsString;
 use std::fs::Permissions;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -12,6 +12,7 @@ use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::{Mode, SFlag, fstat};
 use nix::unistd::{Gid, fchownat};
 
+use super::path_of;
 use crate::pod::meta::{containers, ephemeral_containers, init_containers, spec};
 
 const SETGID: u32 = 0o2000;
@@ -35,8 +36,7 @@ pub fn common_user(pod: &Pod) -> Option<u32> {
 
 /// Whether the pod's volumes are only given to its group where their own folder isn't yet.
 pub fn only_on_root_mismatch(pod: &Pod) -> bool {
-    let context = spec(pod).security_context.clone();
-    context.and_then(|context| context.fs_group_change_policy).as_deref() == Some("OnRootMismatch")
+    spec(pod).security_context.as_ref().and_then(|context| context.fs_group_change_policy.as_deref()) == Some("OnRootMismatch")
 }
 
 fn bits(write: bool, is_dir: bool) -> u32 {
@@ -79,11 +79,6 @@ fn open_below(root: &OwnedFd, at: &Path) -> io::Result<Option<OwnedFd>> {
         Err(Errno::ENOENT) => Ok(None),
         opened => Ok(Some(opened?)),
     }
-}
-
-/// A path of what was opened, whatever has its name by now.
-fn path_of(opened: &OwnedFd) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}", opened.as_raw_fd()))
 }
 
 fn kind_of(mode: u32) -> SFlag {

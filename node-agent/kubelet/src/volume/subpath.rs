@@ -4,7 +4,7 @@
 //! pod's own; only that place is given to the runtime.
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, fchmod, fstat, mkdirat};
 
-use super::mounts;
+use super::{mounts, path_of};
 
 /// Whose mount it is: `<pod>/volume-subpaths/<volume>/<container>/<index>`.
 #[derive(Clone, Debug)]
@@ -28,7 +28,7 @@ pub fn prepare(volume: &Path, volume_name: &str, sub_path: &str, place: &Place) 
     let root = open(volume, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
     let part = open_or_make(&root, sub_path)?;
     let target = place.pod_dir.join("volume-subpaths").join(volume_name).join(&place.container).join(place.index.to_string());
-    let source = PathBuf::from(format!("/proc/self/fd/{}", part.as_raw_fd()));
+    let source = path_of(&part);
     let wanted = std::fs::metadata(&source)?;
     if mounts::is_mount_point(&target)? {
         let current = std::fs::metadata(&target)?;
