@@ -5,6 +5,7 @@
 pub mod diff;
 pub mod names;
 mod plan;
+pub mod policy;
 pub mod state;
 pub mod table;
 pub mod trace;
