@@ -8,9 +8,13 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Bumped when a layout or a meaning changes: pinned maps of another version aren't adopted.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Stands in the object that the programs are built to, so that an agent knows an object of another version.
-pub const MARKER: [u8; 16] = *b"outrigger-abi-3\0";
+pub const MARKER: [u8; 16] = *b"outrigger-abi-4\0";
+
+/// Source ports of connections that are sent on in the node's name, both ends included. The agent keeps the kernel from giving them to
+/// the node's own sockets.
+pub const MASQUERADE_PORTS: (u16, u16) = (2048, 29_999);
 
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
@@ -373,6 +377,20 @@ pub mod flow_flags {
     pub const FIN: u32 = 1 << 2;
     /// A RST passed, or FINs in both directions: the next SYN starts anew.
     pub const CLOSED: u32 = 1 << 3;
+    /// Opened by a pod's packet, not from outside.
+    pub const POD: u32 = 1 << 4;
+}
+
+/// The array `activity`: whether there are flows at all, so that nobody pays for what nobody uses. One element for those that pods opened,
+/// one for those from outside.
+pub mod activity {
+    pub const POD: u32 = 0;
+    pub const OUTSIDE: u32 = 1;
+    pub const KINDS: u32 = 2;
+    /// Values: no flow is there; the agent is looking whether one is left; there may be some.
+    pub const NONE: u32 = 0;
+    pub const DOUBTED: u32 = 1;
+    pub const SOME: u32 = 2;
 }
 
 /// Key of the map `fragments`: by it all parts of a datagram are known.

@@ -102,6 +102,9 @@ impl Socket for Fake {
 }
 
 impl Flows for Fake {
+    fn turn(&self) -> u32 {
+        self.random.get()
+    }
     fn source_towards(&self, _from: &Addr, _to: &Addr) -> Addr {
         self.source
     }

@@ -6,22 +6,19 @@
 //! the source, so that it answers here; such packets can't pass through the node's own routing (it takes no packet that claims to
 //! come from itself) and are sent on at once.
 
-use outrigger_abi::{Addr, Flow, FrontendKey, Port, TCP, Tuple, UDP, Uplink, flow_flags, frontend_flags, slot_flags};
+use outrigger_abi::{Addr, Flow, FrontendKey, MASQUERADE_PORTS, Port, TCP, Tuple, UDP, Uplink, flow_flags, frontend_flags, slot_flags};
 
-use crate::service::{Choice, Client, Hint, Tables, Verdict, choose, scale};
+use crate::service::{Choice, Client, Hint, Tables, Verdict, choose};
 
 pub const FIN: u8 = 1 << 0;
 pub const SYN: u8 = 1 << 1;
 pub const RST: u8 = 1 << 2;
 pub const ACK: u8 = 1 << 4;
 
-/// Ports for connections that are sent on to other nodes: below the range that the kernel gives to the node's own connections
-/// and beside that of node ports.
-const FIRST_PORT: u32 = 2048;
-const PORTS: u32 = 28_000;
-/// Ports tried for one connection before it is dropped: first those that nobody has, then also those whose connection is over.
+const FIRST_PORT: u32 = MASQUERADE_PORTS.0 as u32;
+const PORTS: u32 = MASQUERADE_PORTS.1 as u32 + 1 - FIRST_PORT;
+/// Ports tried for one connection before it is dropped.
 const TRIES: u32 = 6;
-const TRIES_FOR_UNUSED: u32 = 4;
 
 /// The flows.
 pub trait Flows {
@@ -32,6 +29,8 @@ pub trait Flows {
     fn remove_flow(&self, tuple: &Tuple);
     /// Adds flags to a flow; the flags that it has then, 0 when it is gone.
     fn mark(&self, tuple: &Tuple, flags: u32) -> u32;
+    /// Counts up, apart for each CPU.
+    fn turn(&self) -> u32;
     /// The node's address on the way from one to the other; all zero when the way has none.
     fn source_towards(&self, from: &Addr, to: &Addr) -> Addr;
 }
@@ -59,7 +58,7 @@ pub struct Packet {
 impl Packet {
     #[inline(always)]
     const fn opens(&self) -> bool {
-        matches!(self.part, Part::Whole) && (self.tuple.protocol != TCP || self.tcp & (SYN | ACK | RST | FIN) == SYN)
+        matches!(self.part, Part::Whole) && may_open(self.tuple.protocol, self.tcp)
     }
 
     /// Whether it is the first answer of a new TCP connection.
@@ -67,6 +66,13 @@ impl Packet {
     const fn accepts(&self) -> bool {
         matches!(self.part, Part::Whole) && self.tuple.protocol == TCP && self.tcp & (SYN | ACK | RST | FIN) == SYN | ACK
     }
+}
+
+/// Whether a packet of this protocol and with these TCP flags may be the first of a connection. All others concern nobody while there are no
+/// flows.
+#[inline(always)]
+pub const fn may_open(protocol: u8, tcp: u8) -> bool {
+    protocol != TCP || tcp & (SYN | ACK | RST | FIN) == SYN
 }
 
 /// What to do with the packet; the tuple that it gets is handed back beside it.
@@ -124,7 +130,7 @@ pub fn arrive<T: Tables, F: Flows>(tables: &T, flows: &F, node: &Uplink, outside
         Verdict::Pass => Action::Pass,
         // An address of the node refuses by itself when nothing listens there.
         Verdict::Refuse(_) if tables.node_address(&packet.tuple.dst).is_some() => Action::Pass,
-        Verdict::Refuse(service) => refuse(tables, flows, node, packet, service, to),
+        Verdict::Refuse(service) => refuse(tables, flows, node, outside, packet, service, to),
         Verdict::Drop(_) => Action::Drop,
         Verdict::To(choice) => open(tables, flows, node, outside, packet, &choice, to),
     }
@@ -145,7 +151,15 @@ pub fn leave<F: Flows>(flows: &F, packet: &Packet, to: &mut Tuple) -> Action {
 
 /// Lets the node refuse in the frontend's name: nothing ever listens at port 0.
 #[inline(always)]
-fn refuse<T: Tables, F: Flows>(tables: &T, flows: &F, node: &Uplink, packet: &Packet, service: u32, to: &mut Tuple) -> Action {
+fn refuse<T: Tables, F: Flows>(
+    tables: &T,
+    flows: &F,
+    node: &Uplink,
+    outside: bool,
+    packet: &Packet,
+    service: u32,
+    to: &mut Tuple,
+) -> Action {
     let own = if packet.tuple.src.is_v4() { node.v4 } else { node.v6 };
     if own == Addr::default() {
         return Action::Drop;
@@ -154,7 +168,7 @@ fn refuse<T: Tables, F: Flows>(tables: &T, flows: &F, node: &Uplink, packet: &Pa
     to.dst = own;
     to.dport = Port(0);
     // Closed from the start, and only the way back: the next packet is judged anew.
-    let flags = flow_flags::REPLY | flow_flags::CLOSED;
+    let flags = flow_flags::REPLY | flow_flags::CLOSED | if outside { 0 } else { flow_flags::POD };
     let flow = Flow { seen: tables.now(), to: packet.tuple.reversed(), flags, service, zero: [0; 2] };
     flows.add_flow(&to.reversed(), &flow);
     Action::Rewrite
@@ -171,8 +185,9 @@ fn open<T: Tables, F: Flows>(
     choice: &Choice,
     to: &mut Tuple,
 ) -> Action {
-    let mut flow =
-        Flow { seen: tables.now(), to: packet.tuple.reversed(), flags: flow_flags::REPLY, service: choice.service, zero: [0; 2] };
+    let origin = if outside { 0 } else { flow_flags::POD };
+    let flags = flow_flags::REPLY | origin;
+    let mut flow = Flow { seen: tables.now(), to: packet.tuple.reversed(), flags, service: choice.service, zero: [0; 2] };
     *to = packet.tuple;
     to.dst = choice.backend.addr;
     to.dport = choice.backend.port;
@@ -180,33 +195,39 @@ fn open<T: Tables, F: Flows>(
     let here = !outside || choice.slot_flags & slot_flags::LOCAL != 0 || choice.frontend_flags & frontend_flags::MASQUERADE_NEVER != 0;
     // The same client port may lead to the same backend by two frontends: the later connection gets another source then.
     let kept = here && to.src != to.dst && claim(flows, &to.reversed(), &flow);
-    if !kept {
+    if !kept && !outside && to.src != to.dst {
+        // A pod keeps its address, by which others judge it: only its port changes, and changes back where answers leave to it.
+        if !other_port(flows, &flow, to) {
+            return Action::Drop;
+        }
+    } else if !kept {
         let mut source = flows.source_towards(&to.src, &to.dst);
         if source == Addr::default() {
             source = if packet.tuple.src.is_v4() { node.v4 } else { node.v6 };
         }
         flow.flags |= flow_flags::REDIRECT;
-        if source == Addr::default() || !masquerade(tables, flows, source, &flow, to) {
+        to.src = source;
+        if source == Addr::default() || !other_port(flows, &flow, to) {
             return Action::Drop;
         }
     }
     flow.flags &= !flow_flags::REPLY;
     flow.to = *to;
     flows.set_flow(&packet.tuple, &flow);
-    if kept { Action::Rewrite } else { Action::Forward }
+    if flow.flags & flow_flags::REDIRECT == 0 { Action::Rewrite } else { Action::Forward }
 }
 
-/// Gives the connection the node's address and a port that is free towards this backend.
+/// Gives the connection a source port that is free towards this backend.
+///
+/// One after the other, so that each rests for as long as can be: a backend remembers connections that it closed for a minute, and takes
+/// a new one in an old one's place only when the clock of its client agrees, which that of another client needn't.
 #[inline(always)]
-fn masquerade<T: Tables, F: Flows>(tables: &T, flows: &F, source: Addr, reply: &Flow, to: &mut Tuple) -> bool {
-    to.src = source;
+fn other_port<F: Flows>(flows: &F, reply: &Flow, to: &mut Tuple) -> bool {
     let mut tries = 0;
     while tries < TRIES {
         tries += 1;
-        to.sport = Port::new((FIRST_PORT + scale(tables.random(), PORTS)) as u16);
-        let answers = to.reversed();
-        let added = if tries <= TRIES_FOR_UNUSED { flows.add_flow(&answers, reply) } else { claim(flows, &answers, reply) };
-        if added {
+        to.sport = Port::new((FIRST_PORT + flows.turn() % PORTS) as u16);
+        if claim(flows, &to.reversed(), reply) {
             return true;
         }
     }

@@ -53,7 +53,7 @@ fn a_backend_elsewhere_sees_the_node_and_is_answered_through_it() {
     let fake = node(false);
     let (action, there) = arrives(&fake, packet(CLIENT, NODE, SYN));
     assert_eq!((action, there.src, there.dst), (Action::Forward, endpoint(NODE).addr, endpoint("10.0.0.1:80").addr));
-    assert!((2048..30_048).contains(&there.sport.host()));
+    assert!((2048..30_000).contains(&there.sport.host()));
     let back = Packet { tuple: there.reversed(), tcp: SYN | ACK, part: Part::Whole };
     assert_eq!(arrives(&fake, back), (Action::Forward, tuple(NODE, CLIENT)));
     assert_eq!(leaves(&fake, back).0, Action::Pass, "only what passes the node's routing is renamed on its way out");
@@ -199,4 +199,27 @@ fn one_client_port_may_reach_one_backend_by_two_frontends() {
     assert_eq!((action, second.src), (Action::Forward, endpoint(NODE).addr));
     assert_eq!(arrives(&fake, Packet { tuple: second.reversed(), tcp: ACK, part: Part::Whole }).1, tuple("172.16.0.1:30081", CLIENT));
     assert_eq!(leaves(&fake, packet("10.0.0.1:80", CLIENT, ACK)).1, tuple(NODE, CLIENT));
+}
+
+#[test]
+fn one_port_of_a_pod_may_reach_one_backend_by_two_frontends_under_its_own_address() {
+    let mut fake = Fake::default();
+    fake.serve(tcp("10.96.0.1:80"), 1, &["10.0.1.1:8080"]);
+    fake.serve(tcp("10.96.0.2:80"), 2, &["10.0.1.1:8080"]);
+    let pod = "10.0.0.5:40000";
+    assert_eq!(from_pod(&fake, packet(pod, "10.96.0.1:80", SYN)), (Action::Rewrite, tuple(pod, "10.0.1.1:8080")));
+    let (action, second) = from_pod(&fake, packet(pod, "10.96.0.2:80", SYN));
+    assert_eq!((action, second.src), (Action::Rewrite, endpoint(pod).addr), "who may not speak as itself may not as the node");
+    assert_ne!(second.sport.host(), 40_000);
+    let back = Packet { tuple: second.reversed(), tcp: SYN | ACK, part: Part::Whole };
+    assert_eq!(leaves(&fake, back), (Action::Rewrite, tuple("10.96.0.2:80", pod)));
+    assert_eq!(leaves(&fake, packet("10.0.1.1:8080", pod, ACK)).1, tuple("10.96.0.1:80", pod));
+}
+
+#[test]
+fn only_a_lone_syn_and_datagrams_may_open() {
+    let cases = [(TCP, SYN, true), (TCP, SYN | ACK, false), (TCP, ACK, false), (TCP, FIN | ACK, false), (TCP, RST, false), (UDP, 0, true)];
+    for (protocol, flags, expected) in cases {
+        assert_eq!(may_open(protocol, flags), expected, "{protocol} {flags}");
+    }
 }

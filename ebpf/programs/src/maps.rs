@@ -1,7 +1,7 @@
 //! The maps, and the decisions' view of them. Sizes here are placeholders: the agent sets them when it loads the object.
 
 use aya_ebpf::Global;
-use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use aya_ebpf::macros::{btf_map, map};
@@ -35,6 +35,8 @@ pub static FLOWS: LruHashMap<abi::Tuple, abi::Flow> = LruHashMap::with_max_entri
 pub static FRAGMENTS: LruHashMap<abi::Fragment, abi::Ports> = LruHashMap::with_max_entries(1024, 0);
 #[map(name = "uplinks")]
 pub static UPLINKS: HashMap<u32, abi::Uplink> = HashMap::with_max_entries(64, BPF_F_NO_PREALLOC);
+#[map(name = "activity")]
+static ACTIVITY: Array<u32> = Array::with_max_entries(abi::activity::KINDS, BPF_F_MMAPABLE);
 #[map(name = "counters")]
 static COUNTERS: PerCpuArray<abi::Counters> = PerCpuArray::with_max_entries(1024, 0);
 #[btf_map(name = "peers")]
@@ -101,6 +103,29 @@ impl Tables for Kernel {
 #[inline(always)]
 pub fn host_namespace() -> u64 {
     HOST_NAMESPACE.load()
+}
+
+/// Whether there may be flows of the kind.
+#[inline(always)]
+pub fn is_active(kind: u32) -> bool {
+    match ACTIVITY.get_ptr(kind) {
+        // SAFETY: the element is the map's for as long as the program runs; others write it as a whole.
+        Some(state) => unsafe { state.read_volatile() != abi::activity::NONE },
+        None => true,
+    }
+}
+
+/// To be called when a flow of the kind is in its map: whoever looks for flows afterwards finds it.
+#[inline(always)]
+pub fn activate(kind: u32) {
+    if let Some(state) = ACTIVITY.get_ptr_mut(kind) {
+        // SAFETY: as above.
+        unsafe {
+            if state.read_volatile() != abi::activity::SOME {
+                state.write_volatile(abi::activity::SOME);
+            }
+        }
+    }
 }
 
 #[inline(always)]

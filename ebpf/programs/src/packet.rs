@@ -5,16 +5,17 @@ use core::ptr::{addr_of, from_mut, from_ref, null_mut};
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::{
-    bpf_csum_diff, bpf_fib_lookup, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect_neigh, bpf_skb_load_bytes, bpf_skb_store_bytes,
+    bpf_csum_diff, bpf_fib_lookup, bpf_get_smp_processor_id, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
+    bpf_skb_load_bytes, bpf_skb_store_bytes,
 };
 use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::TcContext;
-use outrigger_abi::{Addr, Flow, Fragment, Port, Ports, TCP, Tuple, UDP, Uplink};
-use outrigger_logic::packet::{Action, Flows, Packet, Part, arrive, leave};
+use outrigger_abi::{Addr, Flow, Fragment, Port, Ports, TCP, Tuple, UDP, Uplink, activity, flow_flags};
+use outrigger_logic::packet::{Action, Flows, Packet, Part, arrive, leave, may_open};
 use outrigger_logic::service::Tables;
 
-use crate::maps::{FLOWS, FRAGMENTS, Kernel, UPLINKS, count};
+use crate::maps::{FLOWS, FRAGMENTS, Kernel, UPLINKS, activate, count, is_active};
 
 /// On to other programs of the interface, then to the stack.
 const NEXT: i32 = -1;
@@ -27,6 +28,8 @@ const PSEUDO_HEADER: u64 = 0x10;
 const MANGLED_0: u64 = 0x20;
 const NO_EXIST: u64 = 1;
 const NO_NEIGHBOUR: i64 = 7;
+/// How far apart two CPUs begin to count source ports.
+const APART: u32 = 17_321;
 
 /// A flow's time is written again after this long, so that a busy one isn't written at each packet.
 const SECOND: u64 = 1_000_000_000;
@@ -41,6 +44,8 @@ struct Scratch {
     to: Tuple,
     /// What the way to some address is.
     route: Route,
+    /// How many source ports were tried on this CPU.
+    turns: u32,
 }
 
 #[map(name = "scratch")]
@@ -61,6 +66,9 @@ pub fn outrigger_arrive(ctx: TcContext) -> i32 {
             None => return NEXT,
         },
     };
+    if !is_active(if outside { activity::OUTSIDE } else { activity::POD }) && opens_nothing(skb) {
+        return NEXT;
+    }
     let Some(scratch) = scratch() else { return NEXT };
     if !parse(skb, scratch) {
         return NEXT;
@@ -81,6 +89,13 @@ pub fn outrigger_arrive(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn outrigger_leave(ctx: TcContext) -> i32 {
     let skb = ctx.skb.skb;
+    if !is_active(activity::OUTSIDE) && !is_active(activity::POD) {
+        return NEXT;
+    }
+    // Answers to clients outside leave by the way that those came, and answers to a pod through its interface.
+    if !is_active(if uplink(ifindex(skb)).is_some() { activity::OUTSIDE } else { activity::POD }) {
+        return NEXT;
+    }
     let Some(scratch) = scratch() else { return NEXT };
     if !parse(skb, scratch) {
         return NEXT;
@@ -116,8 +131,18 @@ fn ifindex(skb: *mut __sk_buff) -> u32 {
     unsafe { addr_of!((*skb).ifindex).read_volatile() }
 }
 
+/// Reads from the packet's head where that has it, which is nearly always.
 #[inline(always)]
-fn load<T>(skb: *mut __sk_buff, offset: u32) -> Option<T> {
+fn load<T: Copy>(skb: *mut __sk_buff, offset: u32) -> Option<T> {
+    // SAFETY: the context is valid for the whole call, and what is read lies between the two ends.
+    unsafe {
+        let start = addr_of!((*skb).data).read_volatile() as usize;
+        let end = addr_of!((*skb).data_end).read_volatile() as usize;
+        let at = start + offset as usize;
+        if at + size_of::<T>() <= end {
+            return Some((at as *const T).read_unaligned());
+        }
+    }
     let mut value = MaybeUninit::<T>::uninit();
     // SAFETY: the helper fills the whole value or fails; `T` is made of integers here.
     unsafe {
@@ -130,6 +155,25 @@ fn load<T>(skb: *mut __sk_buff, offset: u32) -> Option<T> {
 fn store<T>(skb: *mut __sk_buff, offset: u32, value: &T) -> bool {
     // SAFETY: the helper reads the whole value.
     unsafe { bpf_skb_store_bytes(skb.cast(), offset, from_ref(value).cast(), size_of::<T>() as u32, 0) == 0 }
+}
+
+/// Whether no connection begins with the packet, as a look at its header alone tells. False when in doubt.
+#[inline(always)]
+fn opens_nothing(skb: *mut __sk_buff) -> bool {
+    // SAFETY: the context is valid for the whole call.
+    let ethertype = unsafe { addr_of!((*skb).protocol).read_volatile() };
+    let (protocol, length) = match ethertype {
+        IPV4 => match load::<[u8; 10]>(skb, L3) {
+            Some(header) => (header[9], (header[0] & 0xf) as u32 * 4),
+            None => return false,
+        },
+        IPV6 => match load::<u8>(skb, L3 + 6) {
+            Some(protocol) => (protocol, 40),
+            None => return false,
+        },
+        _ => return true,
+    };
+    protocol == TCP && load::<u8>(skb, L3 + length + 13).is_some_and(|flags| !may_open(protocol, flags))
 }
 
 const ICMP: u8 = 1;
@@ -365,6 +409,7 @@ struct Route {
     src: [u32; 4],
     dst: [u32; 4],
     vlan: u32,
+    /// Of the neighbour and of the interface, as they lie in the packet; zeros when the neighbour isn't known.
     macs: [u8; 12],
 }
 
@@ -390,7 +435,19 @@ fn route(skb: *mut __sk_buff, scratch: *mut Scratch, way: &Tuple) -> u32 {
     };
     // SAFETY: `route` has the layout and size that the helper expects.
     let found = unsafe { bpf_fib_lookup(skb.cast(), from_mut(route).cast(), size_of::<Route>() as i32, 0) };
-    if found == 0 || found == NO_NEIGHBOUR { route.ifindex } else { 0 }
+    match found {
+        0 => {
+            let [a, b, c, d, e, f, u, v, w, x, y, z] = route.macs;
+            // The helper has them the other way round.
+            route.macs = [u, v, w, x, y, z, a, b, c, d, e, f];
+            route.ifindex
+        }
+        NO_NEIGHBOUR => {
+            route.macs = [0; 12];
+            route.ifindex
+        }
+        _ => 0,
+    }
 }
 
 /// Sends the packet on by the route to its destination.
@@ -405,8 +462,14 @@ fn forward(skb: *mut __sk_buff, scratch: *mut Scratch) -> i32 {
     if interface == 0 {
         return DROP;
     }
-    // SAFETY: without a neighbour of ours the helper finds it itself.
-    unsafe { bpf_redirect_neigh(interface, null_mut(), 0, 0) as i32 }
+    // SAFETY: as in the programs; the helpers take numbers, and without a neighbour of ours the second finds it itself.
+    unsafe {
+        let macs = (*scratch).route.macs;
+        if macs != [0; 12] && store(skb, 0, &macs) {
+            return bpf_redirect(interface, 0) as i32;
+        }
+        bpf_redirect_neigh(interface, null_mut(), 0, 0) as i32
+    }
 }
 
 /// One hop less to live; false when that was the last.
@@ -457,8 +520,20 @@ impl Flows for Hook {
     }
 
     #[inline(always)]
+    fn turn(&self) -> u32 {
+        // SAFETY: as in the programs.
+        let turns = unsafe { &mut (*self.scratch).turns };
+        *turns = turns.wrapping_add(1);
+        // SAFETY: takes no argument.
+        let cpu = unsafe { bpf_get_smp_processor_id() };
+        turns.wrapping_add(cpu.wrapping_mul(APART))
+    }
+
+    #[inline(always)]
     fn add_flow(&self, tuple: &Tuple, flow: &Flow) -> bool {
-        FLOWS.insert(tuple, flow, NO_EXIST).is_ok()
+        let added = FLOWS.insert(tuple, flow, NO_EXIST).is_ok();
+        activate(if flow.flags & flow_flags::POD != 0 { activity::POD } else { activity::OUTSIDE });
+        added
     }
 
     #[inline(always)]
@@ -466,6 +541,7 @@ impl Flows for Hook {
         count(flow.service, |counters| counters.connections += 1);
         // A full LRU map evicts.
         let _ = FLOWS.insert(tuple, flow, 0);
+        activate(if flow.flags & flow_flags::POD != 0 { activity::POD } else { activity::OUTSIDE });
     }
 
     #[inline(always)]

@@ -39,13 +39,14 @@ impl Sizes {
 
 const TABLE_MAPS: [&str; 4] = ["frontends", "cluster_ips", "slots", "counters"];
 /// Maps that outlive a change of size, with how many elements they hold.
-const SHARED_MAPS: [(&str, u32); 8] = [
+const SHARED_MAPS: [(&str, u32); 9] = [
     ("node_addresses", 4096),
     ("source_ranges", 1 << 16),
     ("affinity", 1 << 15),
     ("datagrams", 1 << 15),
     ("peers", 0),
     ("uplinks", 64),
+    ("activity", 0),
     // Two for each connection from outside.
     ("flows", 1 << 16),
     // Datagrams whose parts are on their way.

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use outrigger_abi as abi;
 
-use super::sys;
+use super::{activity::Activity, sys};
 use crate::backend::{BackendError, Result};
 
 /// Types whose every bit pattern is a value and which have no padding, so that the kernel may fill them.
@@ -197,6 +197,7 @@ pub struct Shared {
     pub source_ranges: Map<abi::SourceRange, u32>,
     pub uplinks: Map<u32, abi::Uplink>,
     pub flows: Map<abi::Tuple, abi::Flow>,
+    pub activity: Activity,
     /// Socket storage has a descriptor as its key.
     pub peers: OwnedFd,
 }
@@ -211,6 +212,7 @@ impl Shared {
             source_ranges: Map::open(folder, "source_ranges")?,
             uplinks: Map::open(folder, "uplinks")?,
             flows: Map::open(folder, "flows")?,
+            activity: Activity::open(folder)?,
             peers,
         })
     }

@@ -2,12 +2,15 @@
 //!
 //! [`plan`] says what the maps should hold (pure), [`load`] brings maps and programs into the kernel, [`maps`] reads and writes them,
 //! [`attach`] holds the programs in place by pinned links, [`restore`] reads a former agent's maps back, [`sockets`] ends what
-//! still points at a gone backend, [`sweep`] forgets connections that are over, [`inspect`] shows what the maps say.
+//! still points at a gone backend, [`sweep`] forgets connections that are over, [`activity`] says whether there are any, [`ports`] keeps the node's
+//! own sockets off their ports, [`inspect`] shows what the maps say.
+mod activity;
 mod attach;
 pub mod inspect;
 mod load;
 mod maps;
 mod plan;
+mod ports;
 mod restore;
 mod sockets;
 mod sweep;
@@ -96,6 +99,9 @@ impl Ebpf {
         let host_namespace = namespace::cookie().map_err(|error| BackendError::kernel("read the network namespace's cookie", error))?;
         let watch = |error| BackendError::kernel("watch the node's interfaces", error);
         let changes = node.run(Changes::open).map_err(watch)?.map_err(watch)?;
+        if let Err(error) = node.run(ports::reserve).and_then(|reserved| reserved) {
+            tracing::warn!(%error, "the node's own connections may meet those that are sent on in its name");
+        }
         let programs = Programs::load(&pins.tables(), &pins.shared(), &Sizes::INITIAL, host_namespace)?;
         let tables = Tables::open(&pins.tables())?;
         let shared = Shared::open(&pins.shared())?;
@@ -274,7 +280,12 @@ impl Ebpf {
                 self.layout = Layout::default();
                 Ok(())
             }
-            Parting::Final => self.pins.remove(),
+            Parting::Final => {
+                if let Err(error) = self.node.run(ports::release).and_then(|released| released) {
+                    tracing::warn!(%error, "ports stay reserved that nobody needs");
+                }
+                self.pins.remove()
+            }
         }
     }
 }
@@ -385,7 +396,7 @@ impl Backend for Ebpf {
             {
                 tracing::warn!(%error, "interfaces and addresses that Services are reached by may be out of date");
             }
-            self.sweep.flows(&self.shared.flows);
+            self.sweep.flows(&self.shared.flows, &self.shared.activity);
             Some(LOOK_INTERVAL)
         })
     }

@@ -1,9 +1,10 @@
 //! Forgets connections that are over, before the map of flows has to do so by itself and may choose one that lives.
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use outrigger_abi as abi;
 
+use super::activity::Activity;
 use super::maps::Map;
 
 const INTERVAL: Duration = Duration::from_secs(30);
@@ -23,17 +24,23 @@ pub struct Sweep {
 
 impl Sweep {
     /// Does its work when it is time for that.
-    pub fn flows(&mut self, flows: &Map<abi::Tuple, abi::Flow>) {
+    pub fn flows(&mut self, flows: &Map<abi::Tuple, abi::Flow>, activity: &Activity) {
         if self.last.is_some_and(|last| last.elapsed() < INTERVAL) {
             return;
         }
         self.last = Some(Instant::now());
+        // Flows that are there by now will be seen; for later ones the programs end the doubt.
+        activity.doubt();
         let entries = match flows.entries() {
             Ok(entries) => entries,
             Err(error) => return tracing::warn!(%error, "connections that are over stay in the map of flows"),
         };
         let over = over(&entries, now());
         let left = entries.len() - over.len();
+        activity.settle(|kind| {
+            let origin = if kind == abi::activity::POD { abi::flow_flags::POD } else { 0 };
+            entries.iter().any(|(tuple, flow)| flow.flags & abi::flow_flags::POD == origin && !over.contains(tuple))
+        });
         for tuple in over {
             // One that went meanwhile needs nothing more, and what fails now is swept the next time.
             if let Err(error) = flows.delete(&tuple) {
@@ -53,7 +60,7 @@ fn now() -> u64 {
 }
 
 /// Both directions of a connection go together, when the one that was heard of last is old.
-fn over(entries: &[(abi::Tuple, abi::Flow)], now: u64) -> Vec<abi::Tuple> {
+fn over(entries: &[(abi::Tuple, abi::Flow)], now: u64) -> HashSet<abi::Tuple> {
     let by_tuple: HashMap<&abi::Tuple, &abi::Flow> = entries.iter().map(|(tuple, flow)| (tuple, flow)).collect();
     let is_over = |(tuple, flow): &&(abi::Tuple, abi::Flow)| {
         let other = by_tuple.get(&flow.to.reversed());
@@ -94,7 +101,7 @@ mod tests {
             pair(5, abi::TCP, 980, 100, abi::flow_flags::CLOSED),
         ]
         .concat();
-        let ports: Vec<_> = over(&entries, 1000 * SECOND).iter().map(|tuple| (tuple.sport.host(), tuple.dport.host())).collect();
-        assert_eq!(ports, [(1, 80), (8080, 1), (4, 80), (8080, 4)]);
+        let ports = over(&entries, 1000 * SECOND).iter().map(|tuple| (tuple.sport.host(), tuple.dport.host())).collect::<HashSet<_>>();
+        assert_eq!(ports, [(1, 80), (8080, 1), (4, 80), (8080, 4)].into());
     }
 }
