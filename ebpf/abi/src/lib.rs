@@ -171,6 +171,9 @@ pub struct Frontend {
     pub internal: Range,
     /// For clients from outside.
     pub external: Range,
+    /// Which of the external backends a connection's hash means: the first block of `maglev`, and how many places there are. None where
+    /// chance decides.
+    pub maglev: Range,
     /// `frontend_flags`.
     pub flags: u32,
     /// Seconds that a client sticks to its backend; 0 without session affinity.
@@ -195,6 +198,25 @@ pub mod frontend_flags {
     pub const CLUSTER_IP: u32 = 1 << 6;
     /// The node's own processes aren't among those whom `source_ranges` lets connect.
     pub const NODE_REFUSED: u32 = 1 << 7;
+    /// Sockets get the backend with the fewer open connections of two that chance offers.
+    pub const LEAST_CONNECTIONS: u32 = 1 << 8;
+}
+
+/// Places of a Maglev table in one element of the array `maglev`: the kernel rounds an element up to eight bytes, so one alone would
+/// waste most of them.
+pub const MAGLEV_BLOCK: u32 = 32;
+
+/// Element of the array `maglev`: for each place, which backend of the set it means. Written before a frontend names it, and never
+/// changed while one does.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct MaglevBlock(pub [u16; MAGLEV_BLOCK as usize]);
+
+impl MaglevBlock {
+    #[inline(always)]
+    pub const fn get(&self, place: u32) -> u32 {
+        self.0[(place % MAGLEV_BLOCK) as usize] as u32
+    }
 }
 
 /// Element of the array `slots`: one backend of one set.
@@ -266,7 +288,31 @@ pub struct Peer {
     pub base: u32,
     pub index: u32,
     pub service: u32,
-    pub protocol: u32,
+    pub protocol: u16,
+    /// `peer_flags`.
+    pub flags: u16,
+}
+
+/// Bits of [`Peer::flags`].
+pub mod peer_flags {
+    /// The socket is among those that `connections` counts for its backend.
+    pub const COUNTED: u16 = 1 << 0;
+}
+
+/// Key of the map `connections`: a backend whose open sockets on this node are counted, whichever frontend led them there.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct BackendKey {
+    pub addr: Addr,
+    pub port: Port,
+    pub protocol: u16,
+}
+
+impl BackendKey {
+    #[inline(always)]
+    pub const fn new(backend: Endpoint, protocol: u8) -> Self {
+        Self { addr: backend.addr, port: backend.port, protocol: protocol as u16 }
+    }
 }
 
 /// Key of the map `datagrams`: what an unconnected UDP socket, which may talk to several Services, is to translate.
@@ -434,10 +480,12 @@ const _: () = {
     assert!(size_of::<Addr>() == 16 && align_of::<Addr>() == 4);
     assert!(size_of::<Endpoint>() == 20);
     assert!(size_of::<FrontendKey>() == 20);
-    assert!(size_of::<Frontend>() == 28);
+    assert!(size_of::<Frontend>() == 36);
+    assert!(size_of::<MaglevBlock>() == 64);
     assert!(size_of::<Slot>() == 24);
     assert!(size_of::<SourceRange>() == 24);
     assert!(size_of::<Peer>() == 64);
+    assert!(size_of::<BackendKey>() == 20);
     assert!(size_of::<DatagramKey>() == 32);
     assert!(size_of::<Datagram>() == 32);
     assert!(size_of::<AffinityKey>() == 24);

@@ -6,18 +6,21 @@ use std::collections::{HashMap, HashSet};
 use std::vec::Vec;
 
 use outrigger_abi::{
-    Addr, Affinity, AffinityKey, Datagram, DatagramKey, Endpoint, Flow, Frontend, FrontendKey, Port, Range, Slot, TCP, Tuple,
+    Addr, Affinity, AffinityKey, BackendKey, Datagram, DatagramKey, Endpoint, Flow, Frontend, FrontendKey, MAGLEV_BLOCK, MaglevBlock, Port,
+    Range, Slot, TCP, Tuple, Uplink,
 };
 
-use crate::packet::Flows;
+use crate::packet::{Action, Flows, Packet, lead, open, refuse};
 
-use crate::service::Tables;
+use crate::service::{Choice, Tables, Verdict};
 use crate::socket::Socket;
 
 #[derive(Default)]
 pub struct Fake {
     pub frontends: HashMap<FrontendKey, Frontend>,
     pub slots: Vec<Slot>,
+    pub maglev: Vec<MaglevBlock>,
+    pub connections: RefCell<HashMap<BackendKey, i64>>,
     pub nodes: HashMap<Addr, u32>,
     pub cluster_ips: HashSet<Addr>,
     /// Service port and client.
@@ -52,6 +55,17 @@ impl Fake {
         Range { base, count: backends.len() as u32 }
     }
 
+    /// Appends a Maglev table.
+    pub fn table(&mut self, places: &[u16]) -> Range {
+        let base = self.maglev.len() as u32;
+        for chunk in places.chunks(MAGLEV_BLOCK as usize) {
+            let mut block = MaglevBlock::default();
+            block.0[..chunk.len()].copy_from_slice(chunk);
+            self.maglev.push(block);
+        }
+        Range { base, count: places.len() as u32 }
+    }
+
     pub fn serve(&mut self, key: FrontendKey, service: u32, backends: &[&str]) -> &mut Frontend {
         let range = self.set(service, backends);
         self.frontends.entry(key).or_insert(Frontend { service, internal: range, external: range, ..Frontend::default() })
@@ -64,6 +78,9 @@ impl Tables for Fake {
     }
     fn slot(&self, index: u32) -> Option<&Slot> {
         self.slots.get(index as usize)
+    }
+    fn maglev(&self, index: u32) -> Option<&MaglevBlock> {
+        self.maglev.get(index as usize)
     }
     fn node_address(&self, addr: &Addr) -> Option<u32> {
         self.nodes.get(addr).copied()
@@ -80,6 +97,15 @@ impl Tables for Fake {
     }
     fn remember(&self, key: &AffinityKey, affinity: &Affinity) {
         self.affinity.borrow_mut().insert(*key, *affinity);
+    }
+    fn connections(&self, backend: &BackendKey) -> i64 {
+        self.connections.borrow().get(backend).copied().unwrap_or(0)
+    }
+    fn opened(&self, backend: &BackendKey) {
+        *self.connections.borrow_mut().entry(*backend).or_default() += 1;
+    }
+    fn closed(&self, backend: &BackendKey) {
+        *self.connections.borrow_mut().entry(*backend).or_default() -= 1;
     }
     fn random(&self) -> u32 {
         self.random.get()
@@ -104,6 +130,15 @@ impl Socket for Fake {
 impl Flows for Fake {
     fn turn(&self) -> u32 {
         self.random.get()
+    }
+    fn lead(&self, packet: &Packet, outside: bool) -> Verdict {
+        lead(self, packet, outside)
+    }
+    fn refuse(&self, node: &Uplink, outside: bool, packet: &Packet, service: u32, to: &mut Tuple) -> Action {
+        refuse(self, self, node, outside, packet, service, to)
+    }
+    fn open(&self, node: &Uplink, outside: bool, packet: &Packet, choice: &Choice, to: &mut Tuple) -> Action {
+        open(self, self, node, outside, packet, choice, to)
     }
     fn source_towards(&self, _from: &Addr, _to: &Addr) -> Addr {
         self.source

@@ -22,6 +22,10 @@ const TRIES: u32 = 6;
 
 /// The flows.
 pub trait Flows {
+    /// [`lead`], [`refuse`] and [`open`], which in the programs are calls of their own: the stack is too small for all at once.
+    fn lead(&self, packet: &Packet, outside: bool) -> Verdict;
+    fn refuse(&self, node: &Uplink, outside: bool, packet: &Packet, service: u32, to: &mut Tuple) -> Action;
+    fn open(&self, node: &Uplink, outside: bool, packet: &Packet, choice: &Choice, to: &mut Tuple) -> Action;
     fn flow(&self, tuple: &Tuple) -> Option<&Flow>;
     /// False when there is one already.
     fn add_flow(&self, tuple: &Tuple, flow: &Flow) -> bool;
@@ -125,15 +129,21 @@ pub fn arrive<T: Tables, F: Flows>(tables: &T, flows: &F, node: &Uplink, outside
     if !packet.opens() || (packet.tuple.protocol != TCP && packet.tuple.protocol != UDP) {
         return Action::Pass;
     }
-    let key = FrontendKey::new(packet.tuple.dst, packet.tuple.dport, packet.tuple.protocol);
-    match choose(tables, &key, Client::Packet { source: packet.tuple.src, outside }, Hint::NONE) {
+    match flows.lead(packet, outside) {
         Verdict::Pass => Action::Pass,
         // An address of the node refuses by itself when nothing listens there.
         Verdict::Refuse(_) if tables.node_address(&packet.tuple.dst).is_some() => Action::Pass,
-        Verdict::Refuse(service) => refuse(tables, flows, node, outside, packet, service, to),
+        Verdict::Refuse(service) => flows.refuse(node, outside, packet, service, to),
         Verdict::Drop(_) => Action::Drop,
-        Verdict::To(choice) => open(tables, flows, node, outside, packet, &choice, to),
+        Verdict::To(choice) => flows.open(node, outside, packet, &choice, to),
     }
+}
+
+/// Where a packet that opens a connection goes.
+#[inline(always)]
+pub fn lead<T: Tables>(tables: &T, packet: &Packet, outside: bool) -> Verdict {
+    let Tuple { src: source, dst, sport: port, dport, protocol, .. } = packet.tuple;
+    choose(tables, &FrontendKey::new(dst, dport, protocol), Client::Packet { source, port, outside }, Hint::NONE)
 }
 
 /// A packet that leaves: answers of backends on this node, and of the node itself, get the frontend's name.
@@ -151,7 +161,7 @@ pub fn leave<F: Flows>(flows: &F, packet: &Packet, to: &mut Tuple) -> Action {
 
 /// Lets the node refuse in the frontend's name: nothing ever listens at port 0.
 #[inline(always)]
-fn refuse<T: Tables, F: Flows>(
+pub fn refuse<T: Tables, F: Flows>(
     tables: &T,
     flows: &F,
     node: &Uplink,
@@ -176,7 +186,7 @@ fn refuse<T: Tables, F: Flows>(
 
 /// Keeps the flows of a new connection.
 #[inline(always)]
-fn open<T: Tables, F: Flows>(
+pub fn open<T: Tables, F: Flows>(
     tables: &T,
     flows: &F,
     node: &Uplink,

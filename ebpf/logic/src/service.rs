@@ -1,6 +1,11 @@
 //! Which Service an address belongs to, and which of its backends a new connection gets.
 
-use outrigger_abi::{Addr, Affinity, AffinityKey, Endpoint, Frontend, FrontendKey, Port, Range, Slot, frontend_flags, node_address_flags};
+use outrigger_abi::{
+    Addr, Affinity, AffinityKey, BackendKey, Endpoint, Frontend, FrontendKey, MAGLEV_BLOCK, MaglevBlock, Port, Range, Slot, frontend_flags,
+    node_address_flags,
+};
+
+use crate::hash;
 
 /// Binary search ends after this many steps: 65,536 backends.
 const MAX_SEARCH: u32 = 17;
@@ -11,6 +16,7 @@ const SECOND: u64 = 1_000_000_000;
 pub trait Tables {
     fn frontend(&self, key: &FrontendKey) -> Option<&Frontend>;
     fn slot(&self, index: u32) -> Option<&Slot>;
+    fn maglev(&self, index: u32) -> Option<&MaglevBlock>;
     /// `node_address_flags`.
     fn node_address(&self, addr: &Addr) -> Option<u32>;
     /// Whether a Service has the address as its cluster IP, with whatever port.
@@ -19,6 +25,10 @@ pub trait Tables {
     fn allows(&self, service: u32, source: &Addr) -> bool;
     fn affinity(&self, key: &AffinityKey) -> Option<&Affinity>;
     fn remember(&self, key: &AffinityKey, affinity: &Affinity);
+    /// How many of the node's sockets are counted for the backend. Below 0 when a count was lost.
+    fn connections(&self, backend: &BackendKey) -> i64;
+    fn opened(&self, backend: &BackendKey);
+    fn closed(&self, backend: &BackendKey);
     fn random(&self) -> u32;
     /// Nanoseconds of the coarse monotonic clock.
     fn now(&self) -> u64;
@@ -30,7 +40,7 @@ pub enum Client {
     /// A socket's: its network namespace's cookie, and whether that is the node's own namespace.
     Socket { namespace: u64, host: bool },
     /// A packet's, from a pod or from outside.
-    Packet { source: Addr, outside: bool },
+    Packet { source: Addr, port: Port, outside: bool },
 }
 
 impl Client {
@@ -124,13 +134,13 @@ pub fn choose<T: Tables>(tables: &T, key: &FrontendKey, client: Client, hint: Hi
         }
     }
     let Some(range) = backends(frontend, client) else { return none(frontend, client) };
-    if let Some((slot, index)) = pick(tables, frontend, range, client, hint) {
+    if let Some((slot, index)) = pick(tables, frontend, range, key, client, hint) {
         return Verdict::To(choice(frontend, range, slot, index));
     }
     // The set was given away between the two lookups: the frontend has another by now.
     let Some(frontend) = find(tables, key, client) else { return Verdict::Pass };
     let Some(range) = backends(frontend, client) else { return none(frontend, client) };
-    match any(tables, frontend.service, range) {
+    match slot(tables, frontend.service, range, scale(tables.random(), range.count)) {
         Some((slot, index)) => Verdict::To(choice(frontend, range, slot, index)),
         None => Verdict::Refuse(frontend.service),
     }
@@ -160,9 +170,16 @@ fn choice(frontend: &Frontend, range: Range, slot: &Slot, index: u32) -> Choice 
     }
 }
 
-/// The flow's own backend while it is in the set, else the client's by affinity, else any.
+/// The flow's own backend while it is in the set, else the client's by affinity, else a new one.
 #[inline(always)]
-fn pick<'a, T: Tables>(tables: &'a T, frontend: &Frontend, range: Range, client: Client, mut hint: Hint) -> Option<(&'a Slot, u32)> {
+fn pick<'a, T: Tables>(
+    tables: &'a T,
+    frontend: &Frontend,
+    range: Range,
+    dialled: &FrontendKey,
+    client: Client,
+    mut hint: Hint,
+) -> Option<(&'a Slot, u32)> {
     let key = client.affinity_key(frontend.service);
     let now = tables.now();
     // One search serves both: the kernel looks at each of them anew.
@@ -176,7 +193,7 @@ fn pick<'a, T: Tables>(tables: &'a T, frontend: &Frontend, range: Range, client:
     let found = if hint.backend.port == Port(0) { None } else { locate(tables, frontend.service, range, &hint) };
     let (slot, index) = match found {
         Some(found) => found,
-        None => any(tables, frontend.service, range)?,
+        None => slot(tables, frontend.service, range, new(tables, frontend, range, dialled, client))?,
     };
     if frontend.affinity != 0 {
         tables.remember(&key, &Affinity { seen: now, backend: slot.endpoint(), base: range.base, index, zero: 0 });
@@ -185,10 +202,47 @@ fn pick<'a, T: Tables>(tables: &'a T, frontend: &Frontend, range: Range, client:
 }
 
 #[inline(always)]
-fn any<T: Tables>(tables: &T, service: u32, range: Range) -> Option<(&Slot, u32)> {
-    let index = scale(tables.random(), range.count);
+fn slot<T: Tables>(tables: &T, service: u32, range: Range, index: u32) -> Option<(&Slot, u32)> {
     let slot = tables.slot(range.base.wrapping_add(index))?;
     (slot.service == service).then_some((slot, index))
+}
+
+/// The place in the set of a backend for somebody who has none yet.
+#[inline(always)]
+fn new<T: Tables>(tables: &T, frontend: &Frontend, range: Range, dialled: &FrontendKey, client: Client) -> u32 {
+    match client {
+        Client::Packet { source, port, outside: true } if frontend.maglev.count != 0 => {
+            let place = scale(hash::connection(&source, port, dialled.port, dialled.protocol), frontend.maglev.count);
+            let block = tables.maglev(frontend.maglev.base.wrapping_add(place / MAGLEV_BLOCK));
+            let index = block.map_or(0, |block| block.get(place));
+            // A table that was given to another set meanwhile says anything.
+            if index < range.count { index } else { 0 }
+        }
+        Client::Socket { .. } if frontend.flags & frontend_flags::LEAST_CONNECTIONS != 0 && range.count > 1 => {
+            less_loaded(tables, range, dialled.protocol)
+        }
+        _ => scale(tables.random(), range.count),
+    }
+}
+
+/// The one with fewer connections of two that chance offers: about as good as the best of all, without looking at all.
+#[inline(always)]
+fn less_loaded<T: Tables>(tables: &T, range: Range, protocol: u8) -> u32 {
+    let first = scale(tables.random(), range.count);
+    let mut second = scale(tables.random(), range.count - 1);
+    if second >= first {
+        second += 1;
+    }
+    if connections(tables, range.base.wrapping_add(second), protocol) < connections(tables, range.base.wrapping_add(first), protocol) {
+        second
+    } else {
+        first
+    }
+}
+
+#[inline(always)]
+fn connections<T: Tables>(tables: &T, index: u32, protocol: u8) -> i64 {
+    tables.slot(index).map_or(0, |slot| tables.connections(&BackendKey::new(slot.endpoint(), protocol)))
 }
 
 /// `random` spread evenly over `0..count`.

@@ -9,6 +9,11 @@ use crate::fake::{Fake, endpoint, tcp};
 const POD: Client = Client::Socket { namespace: 11, host: false };
 const HOST: Client = Client::Socket { namespace: 1, host: true };
 
+fn packet(source: &str, outside: bool) -> Client {
+    let Endpoint { addr: source, port, .. } = endpoint(source);
+    Client::Packet { source, port, outside }
+}
+
 fn target(verdict: Verdict) -> Option<Endpoint> {
     match verdict {
         Verdict::To(choice) => Some(choice.backend),
@@ -50,7 +55,7 @@ fn without_backends_the_policy_decides() {
     fake.frontends.insert(tcp("10.96.0.2:80"), Frontend { flags: frontend_flags::DROP_INTERNAL, ..reject });
     assert_eq!(choose(&fake, &tcp("10.96.0.1:80"), POD, Hint::NONE), Verdict::Refuse(4));
     assert_eq!(choose(&fake, &tcp("10.96.0.2:80"), POD, Hint::NONE), Verdict::Drop(4));
-    let outside = Client::Packet { source: endpoint("1.2.3.4:0").addr, outside: true };
+    let outside = packet("1.2.3.4:0", true);
     assert_eq!(choose(&fake, &tcp("10.96.0.2:80"), outside, Hint::NONE), Verdict::Refuse(4));
 }
 
@@ -59,8 +64,8 @@ fn inside_and_outside_have_their_own_sets() {
     let mut fake = Fake::default();
     let local = fake.set(1, &["10.0.0.2:80"]);
     fake.serve(tcp("1.1.1.1:80"), 1, &["10.0.0.9:80"]).external = local;
-    let outside = Client::Packet { source: endpoint("9.9.9.9:0").addr, outside: true };
-    let inside = Client::Packet { source: endpoint("10.0.0.3:0").addr, outside: false };
+    let outside = packet("9.9.9.9:0", true);
+    let inside = packet("10.0.0.3:0", false);
     assert_eq!(target(choose(&fake, &tcp("1.1.1.1:80"), outside, Hint::NONE)), Some(endpoint("10.0.0.2:80")));
     assert_eq!(target(choose(&fake, &tcp("1.1.1.1:80"), inside, Hint::NONE)), Some(endpoint("10.0.0.9:80")));
 }
@@ -146,7 +151,7 @@ fn other_ports_of_a_cluster_ip_are_refused() {
 fn source_ranges_keep_strangers_out() {
     let mut fake = Fake::default();
     fake.serve(tcp("1.1.1.1:80"), 1, &["10.0.0.1:80"]).flags = frontend_flags::SOURCE_RANGES;
-    let outside = |source| Client::Packet { source: endpoint(source).addr, outside: true };
+    let outside = |source| packet(source, true);
     fake.sources.insert((1, endpoint("9.9.9.9:0").addr));
     assert!(target(choose(&fake, &tcp("1.1.1.1:80"), outside("9.9.9.9:0"), Hint::NONE)).is_some());
     assert_eq!(choose(&fake, &tcp("1.1.1.1:80"), outside("9.9.9.8:0"), Hint::NONE), Verdict::Drop(1));
@@ -154,4 +159,88 @@ fn source_ranges_keep_strangers_out() {
     assert!(target(choose(&fake, &tcp("1.1.1.1:80"), HOST, Hint::NONE)).is_some());
     fake.frontends.get_mut(&tcp("1.1.1.1:80")).unwrap().flags |= frontend_flags::NODE_REFUSED;
     assert_eq!(choose(&fake, &tcp("1.1.1.1:80"), HOST, Hint::NONE), Verdict::Drop(1));
+}
+
+#[test]
+fn a_connection_from_outside_goes_where_its_hash_means() {
+    let mut fake = Fake::default();
+    let key = tcp("1.1.1.1:80");
+    let places: Vec<u16> = (0..67).map(|place| place % 3).collect();
+    let maglev = fake.table(&places);
+    let frontend = fake.serve(key, 1, &["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"]);
+    frontend.maglev = maglev;
+    let mut hits = [0; 3];
+    for port in 1..1000_u32 {
+        let client = packet(&format!("9.9.9.9:{port}"), true);
+        let verdict = choose(&fake, &key, client, Hint::NONE);
+        let Verdict::To(choice) = verdict else { panic!("{verdict:?}") };
+        fake.random.set(port.wrapping_mul(1 << 20));
+        assert_eq!(choose(&fake, &key, client, Hint::NONE), verdict, "chance has no say");
+        let hash = hash::connection(&endpoint("9.9.9.9:0").addr, Port::new(port as u16), Port::new(80), 6);
+        assert_eq!(choice.index, u32::from(places[scale(hash, 67) as usize]));
+        hits[choice.index as usize] += 1;
+    }
+    assert!(hits.iter().all(|&hit| hit > 250), "{hits:?}");
+    // Whoever comes from inside is led by chance.
+    for (random, backend) in [(0, "10.0.0.1:80"), (u32::MAX, "10.0.0.3:80")] {
+        fake.random.set(random);
+        assert_eq!(target(choose(&fake, &key, packet("10.0.0.9:1", false), Hint::NONE)), Some(endpoint(backend)));
+    }
+}
+
+#[test]
+fn a_table_that_was_given_away_leads_to_no_stranger() {
+    let mut fake = Fake::default();
+    let key = tcp("1.1.1.1:80");
+    let maglev = fake.table(&[7; 67]);
+    fake.serve(key, 1, &["10.0.0.1:80", "10.0.0.2:80"]).maglev = maglev;
+    fake.serve(tcp("1.1.1.2:80"), 2, &["10.0.0.3:80"; 9]);
+    for base in [maglev.base, 1000] {
+        fake.frontends.get_mut(&key).unwrap().maglev.base = base;
+        for port in 1..100 {
+            let Verdict::To(choice) = choose(&fake, &key, packet(&format!("9.9.9.9:{port}"), true), Hint::NONE) else {
+                panic!("no backend")
+            };
+            assert_eq!(choice.service, 1);
+        }
+    }
+}
+
+#[test]
+fn a_client_from_outside_sticks_by_affinity_and_is_led_by_hash_afterwards() {
+    let mut fake = Fake::default();
+    let key = tcp("1.1.1.1:80");
+    let places: Vec<u16> = (0..67).map(|place| place % 3).collect();
+    let maglev = fake.table(&places);
+    let frontend = fake.serve(key, 1, &["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"]);
+    (frontend.maglev, frontend.affinity) = (maglev, 10);
+    let mut seen = std::collections::HashSet::new();
+    for round in 0..50 {
+        fake.now.set(round * 20 * SECOND);
+        let [first, second] =
+            [0, 1].map(|n| target(choose(&fake, &key, packet(&format!("9.9.9.9:{}", 1 + 2 * round + n), true), Hint::NONE)));
+        assert_eq!(first, second);
+        seen.insert(first);
+    }
+    assert_eq!(seen.len(), 3, "each expiry lets the hash decide anew");
+}
+
+#[test]
+fn of_two_backends_the_one_with_fewer_connections() {
+    let mut fake = Fake::default();
+    let key = tcp("10.96.0.1:80");
+    fake.serve(key, 1, &["10.0.0.1:80", "10.0.0.2:80"]).flags = frontend_flags::LEAST_CONNECTIONS;
+    let ask = |random, open: [i64; 2]| {
+        for (backend, count) in ["10.0.0.1:80", "10.0.0.2:80"].into_iter().zip(open) {
+            fake.connections.borrow_mut().insert(BackendKey::new(endpoint(backend), 6), count);
+        }
+        fake.random.set(random);
+        target(choose(&fake, &key, POD, Hint::NONE)).unwrap()
+    };
+    for random in [0, 1 << 31, u32::MAX] {
+        assert_eq!(ask(random, [3, 1]), endpoint("10.0.0.2:80"));
+        assert_eq!(ask(random, [1, 3]), endpoint("10.0.0.1:80"));
+        assert_eq!(ask(random, [0, -1]), endpoint("10.0.0.2:80"));
+    }
+    assert_ne!(ask(0, [1, 1]), ask(u32::MAX, [1, 1]), "chance decides among equals");
 }

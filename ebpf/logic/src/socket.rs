@@ -1,6 +1,8 @@
 //! What becomes of a socket's addresses: at connect, at each unconnected send, on the way back to the program.
 
-use outrigger_abi::{Datagram, DatagramKey, Endpoint, FrontendKey, Peer, TCP, UDP, datagram_direction};
+use outrigger_abi::{
+    BackendKey, Datagram, DatagramKey, Endpoint, FrontendKey, Peer, TCP, UDP, datagram_direction, frontend_flags, peer_flags,
+};
 
 use crate::service::{Choice, Client, Hint, Tables, Verdict, choose};
 
@@ -48,7 +50,26 @@ pub fn note(peer: &mut Peer, dest: Endpoint, protocol: u8, choice: &Choice, now:
     peer.base = choice.base;
     peer.index = choice.index;
     peer.service = choice.service;
-    peer.protocol = protocol as u32;
+    peer.protocol = protocol as u16;
+    peer.flags = 0;
+}
+
+/// Counts a socket that was connected for its backend, where its Service wants to know.
+#[inline(always)]
+pub fn enter<T: Tables>(tables: &T, peer: &mut Peer, choice: &Choice) {
+    if choice.frontend_flags & frontend_flags::LEAST_CONNECTIONS != 0 {
+        peer.flags |= peer_flags::COUNTED;
+        tables.opened(&BackendKey::new(peer.backend, peer.protocol as u8));
+    }
+}
+
+/// Ends the socket's count: before its note changes, and when its program has closed it.
+#[inline(always)]
+pub fn leave<T: Tables>(tables: &T, peer: &mut Peer) {
+    if peer.flags & peer_flags::COUNTED != 0 {
+        peer.flags &= !peer_flags::COUNTED;
+        tables.closed(&BackendKey::new(peer.backend, peer.protocol as u8));
+    }
 }
 
 /// A datagram from an unconnected socket. `noted` is what the last translated send left on the socket.

@@ -82,3 +82,30 @@ fn names_of_connected_peers() {
     assert_eq!(peer_name(endpoint("10.0.0.2:8080"), Some(&noted)), None);
     assert_eq!(peer_name(endpoint("10.0.0.1:8080"), None), None);
 }
+
+#[test]
+fn a_socket_is_counted_for_one_backend_while_it_is_open() {
+    let mut fake = Fake::default();
+    let key = tcp("10.96.0.1:80");
+    fake.serve(key, 1, &["10.0.0.1:80", "10.0.0.2:80"]).flags = frontend_flags::LEAST_CONNECTIONS;
+    fake.serve(tcp("10.96.0.2:80"), 2, &["10.0.0.1:80"]);
+    let mut peer = Peer::default();
+    let counts = |fake: &Fake| ["10.0.0.1:80", "10.0.0.2:80"].map(|backend| fake.connections(&BackendKey::new(endpoint(backend), TCP)));
+    let connect_to = |fake: &Fake, peer: &mut Peer, dest: &str| {
+        let dest = endpoint(dest);
+        let Verdict::To(choice) = connect(fake, dest, TCP, POD) else { panic!("no backend") };
+        leave(fake, peer);
+        note(peer, dest, TCP, &choice, 0);
+        enter(fake, peer, &choice);
+    };
+    connect_to(&fake, &mut peer, "10.96.0.1:80");
+    assert_eq!(counts(&fake), [1, 0]);
+    connect_to(&fake, &mut peer, "10.96.0.1:80");
+    assert_eq!(counts(&fake), [0, 1], "it connects again, to the other, and leaves the first");
+    connect_to(&fake, &mut peer, "10.96.0.2:80");
+    assert_eq!(counts(&fake), [0, 0], "a Service that doesn't ask isn't counted for");
+    connect_to(&fake, &mut peer, "10.96.0.1:80");
+    leave(&fake, &mut peer);
+    leave(&fake, &mut peer);
+    assert_eq!(counts(&fake), [0, 0]);
+}

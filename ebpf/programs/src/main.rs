@@ -1,6 +1,7 @@
 //! The eBPF programs: thin entry points around `outrigger-logic`. Built by `cargo xtask build-ebpf`.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
 mod maps;
 mod packet;

@@ -1,5 +1,7 @@
 //! The maps, and the decisions' view of them. Sizes here are placeholders: the agent sets them when it loads the object.
 
+use core::arch::asm;
+
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::SkStorage;
@@ -19,6 +21,10 @@ static HOST_NAMESPACE: Global<u64> = Global::new(0);
 static FRONTENDS: HashMap<abi::FrontendKey, abi::Frontend> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
 #[map(name = "slots")]
 static SLOTS: Array<abi::Slot> = Array::with_max_entries(1024, 0);
+#[map(name = "maglev")]
+static MAGLEV: Array<abi::MaglevBlock> = Array::with_max_entries(64, 0);
+#[map(name = "connections")]
+static CONNECTIONS: LruHashMap<abi::BackendKey, i64> = LruHashMap::with_max_entries(1024, 0);
 #[map(name = "node_addresses")]
 static NODE_ADDRESSES: HashMap<abi::Addr, u32> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
 #[map(name = "cluster_ips")]
@@ -42,6 +48,18 @@ static COUNTERS: PerCpuArray<abi::Counters> = PerCpuArray::with_max_entries(1024
 #[btf_map(name = "peers")]
 pub static PEERS: SkStorage<abi::Peer> = SkStorage::new();
 
+const NO_EXIST: u64 = 1;
+
+/// True when the backend has a count. One that is evicted meanwhile is lost, and starts anew.
+#[inline(always)]
+fn add(backend: &abi::BackendKey, difference: i64) -> bool {
+    let Some(count) = CONNECTIONS.get_ptr_mut(backend) else { return false };
+    // Rust has no atomic addition for this target, since it has none that hands out the old value on every kernel.
+    // SAFETY: the element stays memory of the map, and everybody changes it by this operation.
+    unsafe { asm!("lock *(u64 *)({count} + 0) += {difference}", count = in(reg) count, difference = in(reg) difference, options(nostack)) };
+    true
+}
+
 /// The kernel's maps.
 pub struct Kernel;
 
@@ -55,6 +73,11 @@ impl Tables for Kernel {
     #[inline(always)]
     fn slot(&self, index: u32) -> Option<&abi::Slot> {
         SLOTS.get(index)
+    }
+
+    #[inline(always)]
+    fn maglev(&self, index: u32) -> Option<&abi::MaglevBlock> {
+        MAGLEV.get(index)
     }
 
     #[inline(always)]
@@ -85,6 +108,27 @@ impl Tables for Kernel {
     fn remember(&self, key: &abi::AffinityKey, affinity: &abi::Affinity) {
         // A full LRU map evicts; what still fails only costs the client its affinity.
         let _ = AFFINITY.insert(key, affinity, 0);
+    }
+
+    #[inline(always)]
+    fn connections(&self, backend: &abi::BackendKey) -> i64 {
+        // SAFETY: an element that is evicted meanwhile may be read torn; that costs one good choice.
+        unsafe { CONNECTIONS.get(backend) }.copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn opened(&self, backend: &abi::BackendKey) {
+        // Another CPU may be the first to make it.
+        if !add(backend, 1) && CONNECTIONS.insert(backend, &1, NO_EXIST).is_err() {
+            add(backend, 1);
+        }
+    }
+
+    #[inline(always)]
+    fn closed(&self, backend: &abi::BackendKey) {
+        if self.connections(backend) > 0 {
+            add(backend, -1);
+        }
     }
 
     #[inline(always)]

@@ -12,8 +12,8 @@ use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::TcContext;
 use outrigger_abi::{Addr, Flow, Fragment, Port, Ports, TCP, Tuple, UDP, Uplink, activity, flow_flags};
-use outrigger_logic::packet::{Action, Flows, Packet, Part, arrive, leave, may_open};
-use outrigger_logic::service::Tables;
+use outrigger_logic::packet::{self, Action, Flows, Packet, Part, arrive, leave, may_open};
+use outrigger_logic::service::{Choice, Tables, Verdict};
 
 use crate::maps::{FLOWS, FRAGMENTS, Kernel, UPLINKS, activate, count, is_active};
 
@@ -40,6 +40,8 @@ struct Scratch {
     packet: Packet,
     place: Place,
     fragment: Fragment,
+    /// Where a new connection goes.
+    choice: Choice,
     /// What the packet's addresses become.
     to: Tuple,
     /// What the way to some address is.
@@ -486,13 +488,80 @@ fn age(skb: *mut __sk_buff, place: &Place) -> bool {
     }
 }
 
+const PASS: u32 = 0;
+const REFUSE: u32 = 1;
+const DROPPED: u32 = 2;
+const TO: u32 = 3;
+
+/// Where the packet goes: what a verdict holds beside its kind is left in `choice`.
+#[inline(never)]
+fn lead(scratch: *mut Scratch, outside: u32) -> u32 {
+    // SAFETY: as in the programs; only `choice` is written.
+    let (packet, choice) = unsafe { (&(*scratch).packet, &mut (*scratch).choice) };
+    match packet::lead(&Kernel, packet, outside != 0) {
+        Verdict::Pass => PASS,
+        Verdict::Refuse(service) => {
+            choice.service = service;
+            REFUSE
+        }
+        Verdict::Drop(service) => {
+            choice.service = service;
+            DROPPED
+        }
+        Verdict::To(found) => {
+            *choice = found;
+            TO
+        }
+    }
+}
+
+/// Refuses a connection in the frontend's name.
+#[inline(never)]
+fn refuse(skb: *mut __sk_buff, scratch: *mut Scratch, node: *const Uplink, outside: u32, service: u32) -> Action {
+    // SAFETY: as in the programs; of these only `to` is written, and `node` is an element of a map.
+    let (packet, to, node) = unsafe { (&(*scratch).packet, &mut (*scratch).to, &*node) };
+    packet::refuse(&Kernel, &Hook { skb, scratch }, node, outside != 0, packet, service, to)
+}
+
+/// Begins a connection to the backend in `choice`.
+#[inline(never)]
+fn open(skb: *mut __sk_buff, scratch: *mut Scratch, node: *const Uplink, outside: u32) -> Action {
+    // SAFETY: as in the programs; of these only `to` is written, and `node` is an element of a map.
+    let (packet, choice, to, node) = unsafe { (&(*scratch).packet, &(*scratch).choice, &mut (*scratch).to, &*node) };
+    packet::open(&Kernel, &Hook { skb, scratch }, node, outside != 0, packet, choice, to)
+}
+
 /// One call of a hook.
 struct Hook {
     skb: *mut __sk_buff,
     scratch: *mut Scratch,
 }
 
+/// Packets, choices and what packets become are those in the scratch.
 impl Flows for Hook {
+    #[inline(always)]
+    fn lead(&self, _packet: &Packet, outside: bool) -> Verdict {
+        let kind = lead(self.scratch, outside as u32);
+        // SAFETY: the element belongs to this CPU, and so to this call.
+        let choice = unsafe { (*self.scratch).choice };
+        match kind {
+            TO => Verdict::To(choice),
+            REFUSE => Verdict::Refuse(choice.service),
+            DROPPED => Verdict::Drop(choice.service),
+            _ => Verdict::Pass,
+        }
+    }
+
+    #[inline(always)]
+    fn refuse(&self, node: &Uplink, outside: bool, _packet: &Packet, service: u32, _to: &mut Tuple) -> Action {
+        refuse(self.skb, self.scratch, node, outside as u32, service)
+    }
+
+    #[inline(always)]
+    fn open(&self, node: &Uplink, outside: bool, _packet: &Packet, _choice: &Choice, _to: &mut Tuple) -> Action {
+        open(self.skb, self.scratch, node, outside as u32)
+    }
+
     #[inline(always)]
     fn flow(&self, tuple: &Tuple) -> Option<&Flow> {
         let flow = FLOWS.get_ptr_mut(tuple)?;

@@ -4,8 +4,8 @@ use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr};
 use aya_ebpf::helpers::generated::{
     bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval, bpf_sk_storage_delete, bpf_sk_storage_get,
 };
-use aya_ebpf::macros::cgroup_sock_addr;
-use aya_ebpf::programs::SockAddrContext;
+use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr};
+use aya_ebpf::programs::{SockAddrContext, SockContext};
 use core::ptr::{addr_of, addr_of_mut, from_ref, null_mut};
 use outrigger_abi::{Addr, Datagram, DatagramKey, Endpoint, Peer, Port, UDP};
 use outrigger_logic::service::{Client, Tables, Verdict};
@@ -59,6 +59,15 @@ pub fn outrigger_getpeername6(ctx: SockAddrContext) -> i32 {
     peer_name(&Hook::v6(&ctx))
 }
 
+/// A program has closed a socket. Most were never led anywhere, and cost one look.
+#[cgroup_sock(sock_release)]
+pub fn outrigger_release(ctx: SockContext) -> i32 {
+    if let Some(peer) = stored(ctx.sock, 0) {
+        socket::leave(&Kernel, peer);
+    }
+    ALLOW
+}
+
 #[inline(always)]
 fn connect(hook: &Hook) -> i32 {
     let Some(protocol) = socket::protocol(hook.protocol()) else { return ALLOW };
@@ -66,7 +75,9 @@ fn connect(hook: &Hook) -> i32 {
     match socket::connect(&Kernel, dest, protocol, client) {
         Verdict::To(choice) => {
             if let Some(peer) = hook.note() {
+                socket::leave(&Kernel, peer);
                 socket::note(peer, dest, protocol, &choice, Kernel.now());
+                socket::enter(&Kernel, peer, &choice);
             }
             if protocol == UDP {
                 socket::note_connected(hook, dest, choice.backend, Kernel.now());
@@ -96,6 +107,7 @@ fn send(hook: &Hook) -> i32 {
             let first = noted.is_none();
             socket::note_datagram(hook, noted, dest, choice.backend, Kernel.now());
             if let Some(peer) = hook.note() {
+                socket::leave(&Kernel, peer);
                 socket::note(peer, dest, protocol, &choice, Kernel.now());
             }
             hook.set_endpoint(choice.backend);
@@ -204,27 +216,33 @@ impl Hook {
 
     #[inline(always)]
     fn noted(&self) -> Option<&Peer> {
-        // SAFETY: map and socket are valid; without the create flag no initial value is read.
-        let peer = unsafe { bpf_sk_storage_get(map(), self.sock().cast(), null_mut(), 0) }.cast::<Peer>();
-        // SAFETY: the storage lives as long as the socket, which outlives the call; any bit pattern is a peer.
-        unsafe { peer.as_ref() }
+        stored(self.sock(), 0).map(|peer| &*peer)
     }
 
     /// The socket's storage, to be written to. Two threads that send on one socket at once may mix their notes; the next send
     /// mends that.
     #[inline(always)]
     fn note(&self) -> Option<&mut Peer> {
-        // SAFETY: map and socket are valid; without an initial value the storage starts as zeros.
-        let peer = unsafe { bpf_sk_storage_get(map(), self.sock().cast(), null_mut(), CREATE) }.cast::<Peer>();
-        // SAFETY: as in `noted`.
-        unsafe { peer.as_mut() }
+        stored(self.sock(), CREATE)
     }
 
     #[inline(always)]
     fn forget(&self) {
-        // SAFETY: map and socket are valid.
-        unsafe { bpf_sk_storage_delete(map(), self.sock().cast()) };
+        if let Some(peer) = stored(self.sock(), 0) {
+            socket::leave(&Kernel, peer);
+            // SAFETY: map and socket are valid.
+            unsafe { bpf_sk_storage_delete(map(), self.sock().cast()) };
+        }
     }
+}
+
+/// The socket's storage.
+#[inline(always)]
+fn stored<'a>(sock: *mut bpf_sock, flags: u64) -> Option<&'a mut Peer> {
+    // SAFETY: map and socket are valid; without an initial value the storage starts as zeros.
+    let peer = unsafe { bpf_sk_storage_get(map(), sock.cast(), null_mut(), flags) }.cast::<Peer>();
+    // SAFETY: the storage lives as long as the socket, which outlives the call; any bit pattern is a peer.
+    unsafe { peer.as_mut() }
 }
 
 #[inline(always)]

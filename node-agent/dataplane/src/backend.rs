@@ -103,6 +103,11 @@ pub trait Backend: Send {
     /// it there. `outside` says whether the client is neither this node nor a pod.
     fn lookup(&self, frontend: &Frontend, outside: bool) -> Result<Option<Vec<SocketAddr>>>;
 
+    /// The one of those that a client outside gets, where its address and port decide. Affinity may know of another.
+    fn choice(&self, _frontend: &Frontend, _client: SocketAddr) -> Result<Option<SocketAddr>> {
+        Ok(None)
+    }
+
     /// Service ports that something was counted for; none where nothing counts.
     fn counted(&self) -> Result<Vec<(ServicePortName, Counted)>> {
         Ok(Vec::new())

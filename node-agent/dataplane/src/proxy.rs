@@ -204,7 +204,8 @@ impl Proxy {
 
     fn take(&mut self, change: &Change) {
         self.awaited.arrived(change);
-        let touched = self.state.apply(change);
+        let mut touched = self.state.apply(change);
+        touched.warnings.drain(..).for_each(|warning| tracing::warn!("{warning}"));
         if touched.is_empty() {
             return;
         }

@@ -13,4 +13,4 @@ pub mod trace;
 pub use diff::{Delta, Gone, Removal, Upsert, diff};
 pub use names::{Family, Owner, Protocol, ServiceName, ServicePortName};
 pub use state::{Change, State, Touched, Watched};
-pub use table::{Address, Endpoint, Entry, Frontend, HealthCheck, Kind, Masquerade, NoEndpoints, Table};
+pub use table::{Address, Balancing, Endpoint, Entry, Frontend, HealthCheck, Kind, Masquerade, NoEndpoints, Table};

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use crate::names::{Family, Owner, Protocol, ServiceName, ServicePortName};
 use crate::state::{ServicePort, ServiceSpec, SliceEndpoint, State};
-use crate::table::{Address, Endpoint, Entry, Frontend, HealthCheck, Kind, Masquerade, NoEndpoints};
+use crate::table::{Address, Balancing, Endpoint, Entry, Frontend, HealthCheck, Kind, Masquerade, NoEndpoints};
 
 /// At most one entry per frontend; an owner that is gone has none.
 pub(crate) fn plan(state: &State, owner: &Owner) -> Vec<(Frontend, Entry)> {
@@ -183,6 +183,7 @@ impl Draft<'_> {
             affinity: self.spec.affinity.map(|seconds| Duration::from_secs(u64::from(seconds))),
             masquerade,
             source_ranges,
+            balancing: self.spec.balancing,
             no_endpoints: if *any { NoEndpoints::Drop } else { NoEndpoints::Reject },
         }
     }
@@ -220,6 +221,7 @@ fn plan_host_ports(state: &State, pod: &ServiceName) -> Vec<(Frontend, Entry)> {
                 affinity: None,
                 masquerade: Masquerade::FromNode,
                 source_ranges: Arc::default(),
+                balancing: Balancing::Random,
                 no_endpoints: NoEndpoints::Reject,
             };
             planned.push((Frontend { address, port: host_port.port, protocol: host_port.protocol }, entry));

@@ -9,6 +9,7 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use crate::names::{Family, Owner, Protocol, ServiceName};
+use crate::table::Balancing;
 
 mod read;
 
@@ -37,11 +38,13 @@ pub enum Change {
 pub struct Touched {
     pub all: bool,
     pub owners: HashSet<Owner>,
+    /// What was asked for and can't be had, for people to read.
+    pub warnings: Vec<String>,
 }
 
 impl Touched {
     pub fn everything() -> Self {
-        Self { all: true, owners: HashSet::new() }
+        Self { all: true, ..Self::default() }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -50,6 +53,7 @@ impl Touched {
 
     pub fn merge(&mut self, other: Self) {
         self.all |= other.all;
+        self.warnings.extend(other.warnings);
         if self.all { self.owners.clear() } else { self.owners.extend(other.owners) }
     }
 }
@@ -66,6 +70,7 @@ pub(crate) struct ServiceSpec {
     pub external_local: bool,
     pub source_ranges: Box<[IpNet]>,
     pub health_check_port: u16,
+    pub balancing: Balancing,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -218,6 +223,7 @@ impl State {
             None => self.drop_service(&name, touched),
             Some(spec) if self.services.get(&name) == Some(&spec) => {}
             Some(spec) => {
+                touched.warnings.extend(read::warning(&service.metadata));
                 touched.owners.insert(Owner::Service(name.clone()));
                 self.services.insert(name, spec);
             }

@@ -81,6 +81,30 @@ pub enum NoEndpoints {
     Drop,
 }
 
+/// Which endpoint a new connection from this node gets, where no affinity has a say. Clients outside are led by the hash of their
+/// connection where the mode can do that.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Balancing {
+    #[default]
+    Random,
+    /// One with few open connections from this node.
+    LeastConnections,
+}
+
+impl Balancing {
+    /// On a Service.
+    pub const ANNOTATION: &str = "outrigger.dev/balancing";
+
+    /// `None` for what nobody knows.
+    pub fn parse(text: &str) -> Option<Self> {
+        match text {
+            "random" => Some(Self::Random),
+            "least-connections" => Some(Self::LeastConnections),
+            _ => None,
+        }
+    }
+}
+
 /// What one frontend does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -98,6 +122,7 @@ pub struct Entry {
     pub masquerade: Masquerade,
     /// Who may connect; empty means everybody. Only on LoadBalancer frontends.
     pub source_ranges: Arc<[IpNet]>,
+    pub balancing: Balancing,
     pub no_endpoints: NoEndpoints,
 }
 
@@ -306,6 +331,9 @@ impl fmt::Display for Entry {
         }
         if !self.source_ranges.is_empty() {
             write!(f, " sources={:?}", self.source_ranges)?;
+        }
+        if self.balancing != Balancing::Random {
+            write!(f, " balancing={:?}", self.balancing)?;
         }
         Ok(())
     }

@@ -6,6 +6,20 @@ use outrigger_desired::{Change, Delta, Protocol, State, Table, Watched, diff};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+fn change(object: Value, applied: bool) -> Change {
+    fn watched<K: DeserializeOwned>(object: Value, applied: bool) -> Watched<K> {
+        let object = Arc::new(serde_json::from_value(object).expect("the test's objects are right"));
+        if applied { Watched::Applied(object) } else { Watched::Deleted(object) }
+    }
+    match object["kind"].as_str().expect("objects have a kind") {
+        "Service" => Change::Service(watched(object, applied)),
+        "EndpointSlice" => Change::EndpointSlice(watched(object, applied)),
+        "Node" => Change::Node(watched(object, applied)),
+        "Pod" => Change::Pod(watched(object, applied)),
+        other => panic!("{other}"),
+    }
+}
+
 /// A node of zone `here` that hears of objects.
 struct Node {
     state: State,
@@ -21,18 +35,7 @@ impl Node {
     }
 
     fn hear(&mut self, object: Value, applied: bool) -> Delta {
-        fn watched<K: DeserializeOwned>(object: Value, applied: bool) -> Watched<K> {
-            let object = Arc::new(serde_json::from_value(object).expect("the test's objects are right"));
-            if applied { Watched::Applied(object) } else { Watched::Deleted(object) }
-        }
-        let change = match object["kind"].as_str().expect("objects have a kind") {
-            "Service" => Change::Service(watched(object, applied)),
-            "EndpointSlice" => Change::EndpointSlice(watched(object, applied)),
-            "Node" => Change::Node(watched(object, applied)),
-            "Pod" => Change::Pod(watched(object, applied)),
-            other => panic!("{other}"),
-        };
-        let touched = self.state.apply(&change);
+        let touched = self.state.apply(&change(object, applied));
         let before = self.table.clone();
         let delta = self.table.update(&self.state, &touched);
         assert_eq!(delta, diff(&before, &self.table), "the step by what changed is the step by comparing all");
@@ -149,6 +152,19 @@ fn hints_count_when_all_have_them_and_one_is_for_us() {
     ] {
         let expected = format!("10.96.0.1:80/TCP ns/web ClusterIp -> {expected}\n");
         check(json!({"trafficDistribution": "PreferSameZone"}), &[("10.0.0.1", 1, first), ("10.0.1.1", 2, second)], &expected);
+    }
+}
+
+#[test]
+fn a_service_says_how_its_endpoints_are_chosen() {
+    for (wanted, shown, warnings) in [("least-connections", " balancing=LeastConnections", 0), ("random", "", 0), ("fastest", "", 1)] {
+        let mut web = service("web", "10.96.0.1", json!({"ports": [{"port": 80, "protocol": "TCP"}]}));
+        web["metadata"]["annotations"] = json!({"outrigger.dev/balancing": wanted});
+        let mut node = Node::new(&[]);
+        let touched = node.state.apply(&change(web, true));
+        assert_eq!(touched.warnings.len(), warnings, "{:?}", touched.warnings);
+        node.table.update(&node.state, &touched);
+        assert_eq!(node.table.to_string(), format!("10.96.0.1:80/TCP ns/web ClusterIp -> Reject{shown}\n"));
     }
 }
 

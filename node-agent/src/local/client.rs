@@ -45,7 +45,7 @@ pub struct Services {
 
 #[derive(clap::Args, Clone, Debug)]
 pub struct Trace {
-    /// A pod of this node (namespace/name), or an address
+    /// A pod of this node (namespace/name), or an address; with a client's port (IP:PORT) also which backend that one gets
     #[arg(long)]
     from: String,
     /// IP:PORT
@@ -192,7 +192,10 @@ pub fn trace(options: &Trace) -> Result<()> {
         let found = match (kernel["error"].as_str(), kernel["known"].as_bool()) {
             (Some(error), _) => format!("can't be read: {error}"),
             (None, Some(true)) if list(&kernel["backends"]).is_empty() => "no backend".into(),
-            (None, Some(true)) => format!("to {}", join(&kernel["backends"])),
+            (None, Some(true)) => match kernel["chosen"].as_str() {
+                Some(chosen) => format!("to {chosen}, of {}", join(&kernel["backends"])),
+                None => format!("to {}", join(&kernel["backends"])),
+            },
             _ => "knows nothing of it".into(),
         };
         say!("kernel: {found} (by {})", text(kernel, "mode"));

@@ -1,6 +1,7 @@
 //! The answering side: HTTP over a socket that only root may open.
 use std::convert::Infallible;
 use std::fs::{self, Permissions};
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
@@ -112,7 +113,7 @@ async fn services(State(sources): State<Sources>, Query(Filter { service }): Que
 
 #[derive(Deserialize)]
 struct Trace {
-    /// A pod on this node (`namespace/name`), or an address.
+    /// A pod on this node (`namespace/name`), or an address, maybe with a port.
     from: String,
     /// `IP:PORT`
     to: String,
@@ -120,15 +121,16 @@ struct Trace {
 }
 
 async fn trace(State(sources): State<Sources>, Query(question): Query<Trace>) -> Answer {
-    let (source, is_pod) = match question.from.parse() {
-        Ok(ip) => (ip, false),
-        Err(_) => (pod_ip(&sources.watch, &question.from)?, true),
+    let (source, port, is_pod) = match (question.from.parse::<SocketAddr>(), question.from.parse()) {
+        (Ok(client), _) => (client.ip(), Some(client.port()), false),
+        (_, Ok(ip)) => (ip, None, false),
+        _ => (pod_ip(&sources.watch, &question.from)?, None, true),
     };
     let destination = question.to.parse().map_err(|_| bad(format!("{:?} is no IP:PORT", question.to)))?;
     let protocol = outrigger_desired::Protocol::parse(question.protocol.as_deref().map(str::to_uppercase).as_deref());
     let protocol = protocol.ok_or_else(|| bad("the protocol is one of TCP, UDP, SCTP"))?;
     let flow = outrigger_desired::trace::Flow { source, destination, protocol };
-    sources.ask(move |view| Json(sight::trace(view, &flow, is_pod))).await
+    sources.ask(move |view| Json(sight::trace(view, &flow, port, is_pod))).await
 }
 
 fn pod_ip(watch: &Watch, name: &str) -> Answer<std::net::IpAddr> {

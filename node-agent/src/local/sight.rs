@@ -43,14 +43,16 @@ fn described(frontend: &Frontend, entry: &Entry) -> Value {
     })
 }
 
-/// Where the flow's first packet goes: by the table, by the kernel, and whether the two agree.
-pub fn trace(view: &View<'_>, flow: &Flow, from_pod: bool) -> Value {
+/// Where the flow's first packet goes: by the table, by the kernel, and whether the two agree. With the client's port, the kernel may
+/// know the very backend.
+pub fn trace(view: &View<'_>, flow: &Flow, port: Option<u16>, from_pod: bool) -> Value {
     let around = view.config.surroundings();
     let meant = trace::trace(view.table, &around, flow);
     let inside = from_pod || around.node_ips.contains(&flow.source) || around.cluster_cidrs.iter().any(|net| net.contains(&flow.source));
-    let (found, error) = match found(view, flow, !inside) {
-        Ok(found) => (found, None),
-        Err(error) => (None, Some(error.to_string())),
+    let client = port.filter(|_| !inside).map(|port| SocketAddr::new(flow.source, port));
+    let (found, chosen, error) = match found(view, flow, !inside, client) {
+        Ok((found, chosen)) => (found, chosen, None),
+        Err(error) => (None, None, Some(error.to_string())),
     };
     let wanted = match &meant.verdict {
         Verdict::To { backends, .. } => Some(backends.clone()),
@@ -73,22 +75,31 @@ pub fn trace(view: &View<'_>, flow: &Flow, from_pod: bool) -> Value {
             "service": meant.service.map(|name| name.to_string()), "verdict": verdict, "backends": backends,
             "masquerade": masquerade, "reasons": meant.reasons,
         },
-        "kernel": {"mode": view.backend.mode().to_string(), "known": found.is_some(), "backends": found.as_deref().map(texts), "error": error},
+        "kernel": {"mode": view.backend.mode().to_string(), "known": found.is_some(), "backends": found.as_deref().map(texts),
+            "chosen": chosen.map(|chosen| chosen.to_string()), "error": error},
         "agree": agree && error.is_none(),
     })
 }
 
-fn found(view: &View<'_>, flow: &Flow, outside: bool) -> Result<Option<Vec<SocketAddr>>, BackendError> {
+type Found = (Option<Vec<SocketAddr>>, Option<SocketAddr>);
+
+/// What the kernel may choose among, and what it chooses for `client`.
+fn found(view: &View<'_>, flow: &Flow, outside: bool, client: Option<SocketAddr>) -> Result<Found, BackendError> {
     let at = |address| Frontend { address, port: flow.destination.port(), protocol: flow.protocol };
     let ip = flow.destination.ip();
     let around = view.config.surroundings();
-    match view.backend.lookup(&at(Address::Ip(ip)), outside)? {
-        None if around.node_ips.contains(&ip) => {
-            let selected = around.nodeport_addresses.is_empty() || around.nodeport_addresses.iter().any(|net| net.contains(&ip));
-            if selected { view.backend.lookup(&at(Address::Node(Family::of(ip))), outside) } else { Ok(None) }
-        }
-        found => Ok(found),
+    let mut frontend = at(Address::Ip(ip));
+    let mut found = view.backend.lookup(&frontend, outside)?;
+    let selected = around.nodeport_addresses.is_empty() || around.nodeport_addresses.iter().any(|net| net.contains(&ip));
+    if found.is_none() && around.node_ips.contains(&ip) && selected {
+        frontend = at(Address::Node(Family::of(ip)));
+        found = view.backend.lookup(&frontend, outside)?;
     }
+    let chosen = match client {
+        Some(client) if found.is_some() => view.backend.choice(&frontend, client)?,
+        _ => None,
+    };
+    Ok((found, chosen))
 }
 
 /// What lives at one moment.

@@ -9,6 +9,7 @@ use outrigger_dataplane::Mode;
 use crate::talk::Transport;
 use crate::world::Place;
 
+mod balancing;
 mod basic;
 mod life;
 mod outside;
@@ -303,7 +304,7 @@ fn scenario(name: &str, objects: String, steps: Vec<Step>) -> Scenario {
 }
 
 pub fn all() -> Vec<Scenario> {
-    let written = [basic::list(), policy::list(), outside::list(), packets::list(), life::list()].into_iter().flatten();
+    let written = [basic::list(), balancing::list(), policy::list(), outside::list(), packets::list(), life::list()].into_iter().flatten();
     written
         .flat_map(|scenario| {
             let six = (!scenario.once).then(|| scenario.clone().six());

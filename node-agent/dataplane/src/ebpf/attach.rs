@@ -13,7 +13,7 @@ use super::sys;
 use crate::backend::{BackendError, Result};
 
 /// The hooks of the cgroup: program, and `enum bpf_attach_type`.
-const HOOKS: [(&str, u32); 8] = [
+const HOOKS: [(&str, u32); 9] = [
     // Replies are translated back before requests are led anywhere.
     ("recvmsg4", 19),
     ("recvmsg6", 20),
@@ -23,6 +23,7 @@ const HOOKS: [(&str, u32); 8] = [
     ("connect6", 11),
     ("sendmsg4", 14),
     ("sendmsg6", 15),
+    ("release", 34),
 ];
 
 /// A node's folder in the bpf file system.

@@ -17,33 +17,40 @@ pub struct Sizes {
     pub frontends: u32,
     pub slots: u32,
     pub services: u32,
+    /// Blocks of Maglev tables: 2 KiB for a set of up to 10 backends, 16 KiB up to 81, 128 KiB beyond.
+    pub maglev: u32,
 }
 
 impl Sizes {
-    pub const INITIAL: Self = Self { frontends: 1 << 14, slots: 1 << 16, services: 1 << 14 };
+    pub const INITIAL: Self = Self { frontends: 1 << 14, slots: 1 << 16, services: 1 << 14, maglev: 1 << 12 };
 
     pub fn hold(&self, needed: &Self) -> bool {
-        self.frontends >= needed.frontends && self.slots >= needed.slots && self.services >= needed.services
+        self.frontends >= needed.frontends && self.slots >= needed.slots && self.services >= needed.services && self.maglev >= needed.maglev
     }
 
     /// Room for `needed` and a quarter more, never less than before.
     pub fn grown(&self, needed: &Self) -> Self {
-        let grow = |have: u32, need: u32| if have >= need { have } else { need.saturating_add(need / 4).next_power_of_two() };
+        let more = |need: u32| need.saturating_add(need / 4);
+        let grow = |have: u32, need: u32| if have >= need { have } else { more(need).next_power_of_two() };
         Self {
             frontends: grow(self.frontends, needed.frontends),
             slots: grow(self.slots, needed.slots),
             services: grow(self.services, needed.services),
+            // By far the largest elements: to the next power of two they could take twice what they need.
+            maglev: if self.maglev >= needed.maglev { self.maglev } else { more(needed.maglev) },
         }
     }
 }
 
-const TABLE_MAPS: [&str; 4] = ["frontends", "cluster_ips", "slots", "counters"];
+const TABLE_MAPS: [&str; 5] = ["frontends", "cluster_ips", "slots", "counters", "maglev"];
 /// Maps that outlive a change of size, with how many elements they hold.
 const SHARED_MAPS: [(&str, u32); 9] = [
     ("node_addresses", 4096),
     ("source_ranges", 1 << 16),
     ("affinity", 1 << 15),
     ("datagrams", 1 << 15),
+    // Backends of Services that ask for the one with the fewest connections.
+    ("connections", 1 << 13),
     ("peers", 0),
     ("uplinks", 64),
     ("activity", 0),
@@ -76,7 +83,7 @@ impl Programs {
     pub fn load(tables: &Path, shared: &Path, sizes: &Sizes, host_namespace: u64) -> Result<Self> {
         let mut loader = EbpfLoader::new();
         // There are no more cluster IPs than frontends.
-        let sizes = [sizes.frontends, sizes.frontends, sizes.slots, sizes.services];
+        let sizes = [sizes.frontends, sizes.frontends, sizes.slots, sizes.services, sizes.maglev];
         for (name, size) in TABLE_MAPS.into_iter().zip(sizes) {
             loader.map_max_entries(name, size).map_pin_path(name, tables.join(name));
         }
@@ -111,6 +118,7 @@ impl Programs {
         for (name, program) in ebpf.programs_mut() {
             let loaded = match program {
                 aya::programs::Program::CgroupSockAddr(program) => program.load(),
+                aya::programs::Program::CgroupSock(program) => program.load(),
                 aya::programs::Program::SchedClassifier(program) => program.load(),
                 _ => continue,
             };
@@ -156,6 +164,7 @@ impl Programs {
         let program = self.ebpf.program(name).ok_or_else(missing)?;
         let fd = match program {
             aya::programs::Program::CgroupSockAddr(program) => program.fd(),
+            aya::programs::Program::CgroupSock(program) => program.fd(),
             aya::programs::Program::SchedClassifier(program) => program.fd(),
             _ => return Err(missing()),
         };

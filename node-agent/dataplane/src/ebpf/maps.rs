@@ -30,6 +30,7 @@ plain!(
     abi::FrontendKey,
     abi::Frontend,
     abi::Slot,
+    abi::MaglevBlock,
     abi::SourceRange,
     abi::DatagramKey,
     abi::Datagram,
@@ -137,6 +138,7 @@ pub struct Tables {
     pub frontends: Map<abi::FrontendKey, abi::Frontend>,
     pub cluster_ips: Map<abi::Addr, u32>,
     pub slots: Map<u32, abi::Slot>,
+    pub maglev: Map<u32, abi::MaglevBlock>,
     pub counters: CounterMap,
 }
 
@@ -146,6 +148,7 @@ impl Tables {
             frontends: Map::open(folder, "frontends")?,
             cluster_ips: Map::open(folder, "cluster_ips")?,
             slots: Map::open(folder, "slots")?,
+            maglev: Map::open(folder, "maglev")?,
             counters: CounterMap::open(folder)?,
         })
     }

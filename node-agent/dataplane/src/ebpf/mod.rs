@@ -1,6 +1,6 @@
 //! Service traffic by eBPF: sockets of the node and its pods are led to backends when they connect or send.
 //!
-//! [`plan`] says what the maps should hold (pure), [`load`] brings maps and programs into the kernel, [`maps`] reads and writes them,
+//! [`plan`] says what the maps should hold (pure; [`maglev`] makes tables, [`space`] finds room), [`load`] brings maps and programs into the kernel, [`maps`] reads and writes them,
 //! [`attach`] holds the programs in place by pinned links, [`restore`] reads a former agent's maps back, [`sockets`] ends what
 //! still points at a gone backend, [`sweep`] forgets connections that are over, [`activity`] says whether there are any, [`ports`] keeps the node's
 //! own sockets off their ports, [`inspect`] shows what the maps say.
@@ -8,11 +8,13 @@ mod activity;
 mod attach;
 pub mod inspect;
 mod load;
+mod maglev;
 mod maps;
 mod plan;
 mod ports;
 mod restore;
 mod sockets;
+mod space;
 mod sweep;
 mod sys;
 
@@ -26,6 +28,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use outrigger_abi as abi;
 use outrigger_desired::{self as desired, Delta, Entry, Family, Frontend, Protocol, ServicePortName, Table};
+use outrigger_logic::{hash, service};
 
 use crate::backend::{Applied, Backend, BackendError, Counted, Live, Parting, Pending, Restored, Result};
 use crate::config::{Config, Mode, PodInterfaces};
@@ -128,7 +131,8 @@ impl Ebpf {
     }
 
     fn sizes(&self) -> Sizes {
-        Sizes { frontends: self.tables.frontends.capacity, slots: self.tables.slots.capacity, services: self.tables.counters.capacity }
+        let Tables { frontends, slots, maglev, counters, .. } = &self.tables;
+        Sizes { frontends: frontends.capacity, slots: slots.capacity, services: counters.capacity, maglev: maglev.capacity }
     }
 
     fn apply_now(&mut self, table: &Table, delta: &Delta) -> Result<Applied> {
@@ -293,6 +297,7 @@ impl Ebpf {
 fn write(tables: &Tables, batch: &Batch) -> Result<()> {
     batch.fresh_services.iter().try_for_each(|&service| tables.counters.reset(service))?;
     tables.slots.put_all(&batch.slots)?;
+    tables.maglev.put_all(&batch.maglev)?;
     tables.frontends.put_all(&batch.puts)?;
     batch.deletes.iter().try_for_each(|key| tables.frontends.delete(key).map(drop))?;
     for (addr, came) in &batch.cluster_ips {
@@ -406,6 +411,16 @@ impl Backend for Ebpf {
         let range = if outside { value.external } else { value.internal };
         let slots = (range.base..range.base + range.count).filter_map(|index| self.tables.slots.get(&index).transpose());
         slots.map(|slot| slot.map(|slot| SocketAddr::new(slot.addr.ip(), slot.port.host()))).collect::<Result<Vec<_>>>().map(Some)
+    }
+
+    fn choice(&self, frontend: &Frontend, client: SocketAddr) -> Result<Option<SocketAddr>> {
+        let key = plan::key(frontend);
+        let Some(value) = self.tables.frontends.get(&key)?.filter(|value| value.maglev.count != 0) else { return Ok(None) };
+        let hash = hash::connection(&client.ip().into(), abi::Port::new(client.port()), key.port, key.protocol);
+        let place = service::scale(hash, value.maglev.count);
+        let Some(block) = self.tables.maglev.get(&(value.maglev.base + place / abi::MAGLEV_BLOCK))? else { return Ok(None) };
+        let slot = self.tables.slots.get(&(value.external.base + block.get(place)))?;
+        Ok(slot.map(|slot| SocketAddr::new(slot.addr.ip(), slot.port.host())))
     }
 
     fn counted(&self) -> Result<Vec<(ServicePortName, Counted)>> {

@@ -1,19 +1,22 @@
 //! From the desired table to map contents, purely: which slots to write, which frontends to put and delete, in that order.
 //!
 //! A set of backends is a range of slots that is never changed while a frontend names it: a change writes a new range, then turns
-//! the frontends to it, and frees the old range for the next change. So each frontend goes from the old set to the new in one step.
+//! the frontends to it, and frees the old range for the next change. So each frontend goes from the old set to the new in one step. The
+//! Maglev table of a set that clients outside reach is kept likewise.
 use std::collections::hash_map::Entry as MapEntry;
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use outrigger_abi as abi;
 use outrigger_desired::{
-    Address, Delta, Endpoint, Entry, Family, Frontend, Kind, Masquerade, NoEndpoints, Protocol, ServicePortName, Table,
+    Address, Balancing, Delta, Endpoint, Entry, Family, Frontend, Kind, Masquerade, NoEndpoints, Protocol, ServicePortName, Table,
 };
 
 use super::load::Sizes;
+use super::maglev;
+use super::space::{self, Space};
 
 /// Writes to the maps, to be made from top to bottom.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -21,6 +24,7 @@ pub struct Batch {
     /// Indices that a new Service port got; their old counts mean nothing.
     pub fresh_services: Vec<u32>,
     pub slots: Vec<(u32, abi::Slot)>,
+    pub maglev: Vec<(u32, abi::MaglevBlock)>,
     pub puts: Vec<(abi::FrontendKey, abi::Frontend)>,
     pub deletes: Vec<abi::FrontendKey>,
     /// Cluster IPs that came (true) or went.
@@ -37,6 +41,13 @@ struct Set {
 #[derive(Debug)]
 struct Held {
     set: Set,
+    users: u32,
+}
+
+/// The Maglev table of a set.
+#[derive(Debug)]
+struct Places {
+    range: abi::Range,
     users: u32,
 }
 
@@ -60,8 +71,12 @@ pub struct Layout {
     by_set: HashMap<Set, u32>,
     by_base: HashMap<u32, Held>,
     space: Space,
-    /// Ranges that were in use until this change.
+    /// By the base of the set's slots.
+    maglev: HashMap<u32, Places>,
+    maglev_space: Space,
+    /// Ranges that were in use until this change: of slots, and of blocks.
     leaving: Vec<abi::Range>,
+    leaving_maglev: Vec<abi::Range>,
 }
 
 impl Default for Layout {
@@ -74,15 +89,19 @@ impl Default for Layout {
             free_services: VecDeque::new(),
             by_set: HashMap::new(),
             by_base: HashMap::new(),
-            space: Space { top: 1, free: BTreeMap::new() },
+            space: Space::new(1, space::piece),
+            maglev: HashMap::new(),
+            maglev_space: Space::new(0, maglev::piece),
             leaving: Vec::new(),
+            leaving_maglev: Vec::new(),
         }
     }
 }
 
 impl Layout {
     /// Takes over what a former agent left in the maps. Services have no names until a frontend of theirs is asked for; a range
-    /// that doesn't hold what its frontend expects counts as unknown, so its frontend will be written anew.
+    /// that doesn't hold what its frontend expects counts as unknown, so its frontend will be written anew. A Maglev table was written
+    /// before its frontend, and isn't read again.
     pub fn adopt(frontends: Vec<(abi::FrontendKey, abi::Frontend)>, slot: impl Fn(u32) -> Option<abi::Slot>) -> Self {
         let mut layout = Self::default();
         let mut ranges = Vec::new();
@@ -94,13 +113,18 @@ impl Layout {
                     ranges.push(range);
                 }
             }
+            if value.maglev.count != 0 {
+                layout.maglev.entry(value.external.base).or_insert(Places { range: value.maglev, users: 0 }).users += 1;
+            }
             if is_cluster_ip(&value) {
                 *layout.cluster_ips.entry(key.addr).or_default() += 1;
             }
             layout.frontends.insert(key, value);
         }
         layout.free_services = (1..layout.services.len() as u32).filter(|&id| layout.services[id as usize].users == 0).collect();
-        layout.space = Space::around(ranges);
+        layout.space = layout.space.around(ranges);
+        let tables = layout.maglev.values().map(|places| blocks(places.range)).collect();
+        layout.maglev_space = layout.maglev_space.around(tables);
         layout
     }
 
@@ -139,7 +163,12 @@ impl Layout {
 
     /// What the maps must have room for.
     pub fn needed(&self) -> Sizes {
-        Sizes { frontends: self.frontends.len() as u32, slots: self.space.top, services: self.services.len() as u32 }
+        Sizes {
+            frontends: self.frontends.len() as u32,
+            slots: self.space.top,
+            services: self.services.len() as u32,
+            maglev: self.maglev_space.top,
+        }
     }
 
     /// The whole content, for maps that are empty.
@@ -147,6 +176,9 @@ impl Layout {
         let mut batch = Batch::default();
         for (&base, held) in &self.by_base {
             batch.slots.extend(slots(base, &held.set));
+            if let Some(places) = self.maglev.get(&base) {
+                batch.maglev.extend((places.range.base..).zip(table(&held.set.endpoints)));
+            }
         }
         batch.puts.extend(self.frontends.iter().map(|(key, value)| (*key, *value)));
         batch.cluster_ips.extend(self.cluster_ips.keys().map(|addr| (*addr, true)));
@@ -177,6 +209,9 @@ impl Layout {
         for range in std::mem::take(&mut self.leaving) {
             self.space.free(range);
         }
+        for range in std::mem::take(&mut self.leaving_maglev) {
+            self.maglev_space.free(blocks(range));
+        }
         let mut batch = Batch::default();
         for upsert in &delta.upserts {
             if let Some(entry) = table.get(&upsert.frontend) {
@@ -201,7 +236,9 @@ impl Layout {
         let internal = self.hold(service, entry.short_circuit.as_ref().unwrap_or(&entry.backends), batch);
         let external = self.hold(service, &entry.backends, batch);
         let affinity = entry.affinity.map_or(0, |time| u32::try_from(time.as_secs()).unwrap_or(u32::MAX));
-        let value = abi::Frontend { service, internal, external, flags: flags(entry, node_ips), affinity };
+        // Few clients outside find their way to a cluster IP, and there may be tens of thousands.
+        let maglev = if entry.kind == Kind::ClusterIp { abi::Range::default() } else { self.hold_table(external, &entry.backends, batch) };
+        let value = abi::Frontend { service, internal, external, maglev, flags: flags(entry, node_ips), affinity };
         self.services[service as usize].users += 1;
         let previous = self.frontends.insert(key, value);
         if previous != Some(value) {
@@ -239,6 +276,14 @@ impl Layout {
     fn release(&mut self, key: &abi::FrontendKey, value: &abi::Frontend, batch: &mut Batch) {
         if is_cluster_ip(value) {
             self.count(key.addr, false, batch);
+        }
+        if let MapEntry::Occupied(mut places) = self.maglev.entry(value.external.base)
+            && places.get().range == value.maglev
+        {
+            places.get_mut().users -= 1;
+            if places.get().users == 0 {
+                self.leaving_maglev.push(places.remove().range);
+            }
         }
         for range in [value.internal, value.external] {
             let MapEntry::Occupied(mut held) = self.by_base.entry(range.base) else { continue };
@@ -297,6 +342,32 @@ impl Layout {
         self.by_base.insert(base, Held { set, users: 1 });
         abi::Range { base, count }
     }
+
+    /// The set's Maglev table, written if there is none yet.
+    fn hold_table(&mut self, set: abi::Range, endpoints: &[Endpoint], batch: &mut Batch) -> abi::Range {
+        let count = maglev::places(endpoints.len());
+        if count == 0 {
+            return abi::Range::default();
+        }
+        let Self { maglev, maglev_space, .. } = self;
+        let places = maglev.entry(set.base).or_insert_with(|| {
+            let base = maglev_space.take(maglev::blocks(count));
+            batch.maglev.extend((base..).zip(table(endpoints)));
+            Places { range: abi::Range { base, count }, users: 0 }
+        });
+        places.users += 1;
+        places.range
+    }
+}
+
+/// Where a Maglev table is among the blocks.
+fn blocks(places: abi::Range) -> abi::Range {
+    abi::Range { base: places.base, count: maglev::blocks(places.count) }
+}
+
+fn table(endpoints: &[Endpoint]) -> Vec<abi::MaglevBlock> {
+    let backends: Vec<_> = endpoints.iter().map(|endpoint| abi::Endpoint::new(endpoint.ip.into(), abi::Port::new(endpoint.port))).collect();
+    maglev::table(&backends)
 }
 
 fn is_cluster_ip(frontend: &abi::Frontend) -> bool {
@@ -336,6 +407,9 @@ fn flags(entry: &Entry, node_ips: &[IpAddr]) -> u32 {
         // What reaches clients inside by the short circuit has its own reason to be empty: no endpoint anywhere.
         flags |= DROP_EXTERNAL | if entry.short_circuit.is_none() { DROP_INTERNAL } else { 0 };
     }
+    if entry.balancing == Balancing::LeastConnections {
+        flags |= LEAST_CONNECTIONS;
+    }
     if !entry.admits_all() {
         flags |= SOURCE_RANGES | if entry.admits_node(node_ips) { 0 } else { NODE_REFUSED };
     }
@@ -353,64 +427,6 @@ fn endpoint(slot: abi::Slot) -> Endpoint {
     Endpoint { ip: slot.addr.ip(), port: slot.port.host(), local: slot.flags & abi::slot_flags::LOCAL != 0 }
 }
 
-/// The slots that are in no range, by the size of their piece. The longest free is used first, so that a range stays as it was
-/// for as long as can be.
-#[derive(Debug)]
-struct Space {
-    /// The first slot that was never used.
-    top: u32,
-    free: BTreeMap<u32, VecDeque<u32>>,
-}
-
-impl Space {
-    /// Sizes of pieces: 1, 2, 3, 4, 6, 8, 12, 16, … so at most a third of a piece is unused.
-    fn piece(count: u32) -> u32 {
-        let power = count.next_power_of_two();
-        let between = power / 4 * 3;
-        if count <= between { between } else { power }
-    }
-
-    fn take(&mut self, count: u32) -> u32 {
-        let piece = Self::piece(count);
-        if let Some(base) = self.reuse(piece) {
-            return base;
-        }
-        let base = self.top;
-        self.top += piece;
-        base
-    }
-
-    fn reuse(&mut self, piece: u32) -> Option<u32> {
-        let bases = self.free.get_mut(&piece)?;
-        let base = bases.pop_front();
-        if bases.is_empty() {
-            self.free.remove(&piece);
-        }
-        base
-    }
-
-    fn free(&mut self, range: abi::Range) {
-        self.free.entry(Self::piece(range.count)).or_default().push_back(range.base);
-    }
-
-    /// The space around ranges that are in use.
-    fn around(mut ranges: Vec<abi::Range>) -> Self {
-        ranges.sort_by_key(|range| range.base);
-        let mut space = Self { top: 1, free: BTreeMap::new() };
-        for range in ranges {
-            while space.top < range.base {
-                // The largest piece that fits the gap.
-                let gap = range.base - space.top;
-                let count = (1..=gap).rev().find(|&count| Self::piece(count) <= gap).unwrap_or(1);
-                space.free(abi::Range { base: space.top, count });
-                space.top += Self::piece(count);
-            }
-            space.top = space.top.max(range.base.saturating_add(Self::piece(range.count)));
-        }
-        space
-    }
-}
-
 impl fmt::Display for Batch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for id in &self.fresh_services {
@@ -420,11 +436,17 @@ impl fmt::Display for Batch {
             let local = if slot.flags & abi::slot_flags::LOCAL != 0 { "*" } else { "" };
             writeln!(f, "slot {index} = {} {}:{}{local}", slot.service, slot.addr.ip(), slot.port.host())?;
         }
+        if let (Some((first, _)), Some((last, _))) = (self.maglev.first(), self.maglev.last()) {
+            writeln!(f, "maglev {first} to {last}")?;
+        }
         for (key, value) in &self.puts {
             write!(f, "put {}", Key(key))?;
             write!(f, " = {} {}", value.service, Range(value.internal))?;
             if value.external != value.internal {
                 write!(f, " outside {}", Range(value.external))?;
+            }
+            if value.maglev.count != 0 {
+                write!(f, " maglev {}", Range(value.maglev))?;
             }
             if value.affinity != 0 {
                 write!(f, " affinity {}s", value.affinity)?;

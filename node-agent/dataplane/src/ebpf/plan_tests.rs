@@ -14,11 +14,18 @@ struct Node {
     /// The maps as the batches leave them.
     frontends: HashMap<abi::FrontendKey, abi::Frontend>,
     slots: HashMap<u32, abi::Slot>,
+    maglev: HashMap<u32, abi::MaglevBlock>,
 }
 
 impl Node {
     fn new() -> Self {
-        Self { listener: Listener::default(), layout: Layout::default(), frontends: HashMap::new(), slots: HashMap::new() }
+        Self {
+            listener: Listener::default(),
+            layout: Layout::default(),
+            frontends: HashMap::new(),
+            slots: HashMap::new(),
+            maglev: HashMap::new(),
+        }
     }
 
     fn hear(&mut self, change: &Change) -> Batch {
@@ -31,10 +38,17 @@ impl Node {
     /// What the kernel does with a batch; on the way, no frontend may lead into a slot that isn't its own.
     fn write(&mut self, batch: &Batch) {
         self.slots.extend(batch.slots.iter().copied());
+        let in_use: HashSet<u32> =
+            self.frontends.values().map(|value| blocks(value.maglev)).flat_map(|range| range.base..range.base + range.count).collect();
+        assert!(batch.maglev.iter().all(|(index, _)| !in_use.contains(index)), "no table changes while a frontend names it");
+        self.maglev.extend(batch.maglev.iter().copied());
         self.check();
         for (key, value) in &batch.puts {
             self.frontends.insert(*key, *value);
             self.check();
+            if value.maglev.count != 0 {
+                assert_eq!(self.table(value.maglev), table(&self.backends(value.external)));
+            }
         }
         for key in &batch.deletes {
             assert!(self.frontends.remove(key).is_some(), "deletes what is there");
@@ -49,6 +63,15 @@ impl Node {
                 assert!(backends.iter().map(|slot| slot.endpoint().sort_key()).is_sorted());
             }
         }
+    }
+
+    fn backends(&self, range: abi::Range) -> Vec<Endpoint> {
+        (range.base..range.base + range.count).map(|index| endpoint(self.slots[&index])).collect()
+    }
+
+    fn table(&self, places: abi::Range) -> Vec<abi::MaglevBlock> {
+        let abi::Range { base, count } = blocks(places);
+        (base..base + count).map(|index| self.maglev[&index]).collect()
     }
 
     fn adopted(&self) -> Layout {
@@ -86,7 +109,44 @@ fn frontends_of_one_port_share_their_backends() {
     let batch = node.hear(&service("web", "10.96.0.1", spec));
     assert_eq!((batch.slots.len(), batch.puts.len(), batch.fresh_services.len()), (2, 3, 1));
     assert!(batch.puts.iter().all(|(_, value)| value.internal == abi::Range { base: 1, count: 2 } && value.affinity == 60));
-    assert!(batch.to_string().contains("put 0.0.0.0:30080/6 = 1 [1+2] affinity 60s"));
+    assert!(batch.to_string().contains("put 0.0.0.0:30080/6 = 1 [1+2] maglev [0+1021] affinity 60s"));
+    assert!(batch.to_string().contains("put 10.96.0.1:80/6 = 1 [1+2] affinity 60s"), "a cluster IP has no table");
+    assert_eq!(batch.maglev.len(), 32);
+}
+
+#[test]
+fn the_same_backends_have_the_same_table_on_every_node() {
+    let node_port =
+        || service("web", "10.96.0.1", json!({"type": "NodePort", "ports": [{"port": 80, "protocol": "TCP", "nodePort": 30080}]}));
+    let key = abi::FrontendKey::new(abi::Addr::NODE_V4, abi::Port::new(30080), abi::TCP);
+    let table_of = |local: &[&str], remote: &[&str], before: bool| {
+        let mut node = Node::new();
+        if before {
+            // Another node has had other Services, and other backends.
+            node.hear(&service("old", "10.96.0.9", json!({"externalIPs": ["1.1.1.1"]})));
+            node.hear(&slice("old", &["10.0.0.2"], &["10.0.1.7"]));
+            node.hear(&slice("web", &["10.0.0.2"], &["10.0.1.9"]));
+        }
+        node.hear(&node_port());
+        node.hear(&slice("web", local, remote));
+        let value = node.frontends[&key];
+        let table = node.table(value.maglev);
+        let backends = node.backends(value.external);
+        (0..value.maglev.count).map(|place| backends[table[(place / 32) as usize].get(place) as usize].socket()).collect::<Vec<_>>()
+    };
+    let here = table_of(&["10.0.0.2"], &["10.0.1.1", "10.0.2.1"], false);
+    assert_eq!(here, table_of(&["10.0.2.1", "10.0.1.1"], &["10.0.0.2"], true));
+    assert_eq!(here.len(), 1021);
+}
+
+#[test]
+fn a_set_of_one_or_none_needs_no_table() {
+    let mut node = Node::new();
+    node.hear(&slice("web", &["10.0.0.2"], &["10.0.1.1"]));
+    let spec = json!({"externalTrafficPolicy": "Local", "externalIPs": ["1.1.1.1"]});
+    let batch = node.hear(&service("web", "10.96.0.1", spec));
+    assert!(batch.maglev.is_empty() && batch.puts.iter().all(|(_, value)| value.maglev.count == 0), "one is here");
+    assert!(node.hear(&slice("web", &[], &[])).maglev.is_empty());
 }
 
 #[test]
@@ -140,10 +200,14 @@ fn long_change_leaks_no_space_and_no_index() {
     };
     for step in 0..5000 {
         let name = format!("s{}", random(20));
-        let ips: Vec<_> = (0..random(9)).map(|n| format!("10.0.{}.{n}", random(4))).collect();
+        let ips: Vec<_> = (0..random(13)).map(|n| format!("10.0.{}.{n}", random(4))).collect();
         match random(8) {
             0 => node.hear(&gone(&name)),
-            1 => node.hear(&service(&name, &format!("10.96.1.{}", random(20)), json!({}))),
+            1 => {
+                let external =
+                    if random(2) == 0 { json!([]) } else { json!([format!("1.1.1.{}", random(20)), format!("1.1.2.{}", random(20))]) };
+                node.hear(&service(&name, &format!("10.96.1.{}", random(20)), json!({"externalIPs": external})))
+            }
             _ => node.hear(&slice(&name, &[], &ips.iter().map(String::as_str).collect::<Vec<_>>())),
         };
         if step % 500 == 499 {
@@ -153,14 +217,14 @@ fn long_change_leaks_no_space_and_no_index() {
         }
     }
     let needed = node.layout.needed();
-    assert!(needed.slots < 600 && needed.services <= 22, "{needed:?}");
+    assert!(needed.slots < 900 && needed.maglev < 20 * 256 + 20 * 32 && needed.services <= 22, "{needed:?}");
 }
 
 #[test]
 fn pieces_waste_little_and_gaps_are_found() {
-    let pieces: Vec<_> = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 17, 100, 129].into_iter().map(Space::piece).collect();
+    let pieces: Vec<_> = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 17, 100, 129].into_iter().map(space::piece).collect();
     assert_eq!(pieces, [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 16, 24, 128, 192]);
-    let mut space = Space::around(vec![abi::Range { base: 10, count: 2 }, abi::Range { base: 20, count: 5 }]);
+    let mut space = Space::new(1, space::piece).around(vec![abi::Range { base: 10, count: 2 }, abi::Range { base: 20, count: 5 }]);
     assert_eq!(space.top, 26);
     let mut taken = Vec::new();
     while let Some(base) = [8, 6, 4, 3, 2, 1].into_iter().find_map(|size| space.reuse(size)) {
@@ -181,6 +245,7 @@ fn times_beyond_the_maps_are_capped() {
         affinity: Some(Duration::from_secs(seconds)),
         masquerade: Masquerade::OffCluster,
         source_ranges: Arc::from([]),
+        balancing: Balancing::Random,
         no_endpoints: NoEndpoints::Reject,
     };
     let frontend = Frontend { address: Address::Ip(IpAddr::from([10, 96, 0, 1])), port: 80, protocol: Protocol::Tcp };

@@ -184,10 +184,14 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
+fn half(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
+}
+
 /// An address and a port in network byte order, at their places in `bytes`.
 fn endpoint(bytes: &[u8], addr: usize, port: usize) -> Option<Endpoint> {
     let addr = Addr([word(bytes, addr)?, word(bytes, addr + 4)?, word(bytes, addr + 8)?, word(bytes, addr + 12)?]);
-    Some(Endpoint::new(addr, Port(u16::from_ne_bytes(bytes.get(port..port + 2)?.try_into().ok()?))))
+    Some(Endpoint::new(addr, Port(half(bytes, port)?)))
 }
 
 /// Reads the note that the kernel hands out, as `Peer` lays it out.
@@ -201,7 +205,8 @@ fn stored_peer(attributes: &[u8]) -> Option<Peer> {
         base: word(bytes, 48)?,
         index: word(bytes, 52)?,
         service: word(bytes, 56)?,
-        protocol: word(bytes, 60)?,
+        protocol: half(bytes, 60)?,
+        flags: half(bytes, 62)?,
     })
 }
 

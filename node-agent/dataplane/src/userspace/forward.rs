@@ -1,5 +1,6 @@
 //! One frontend's listeners and live flows, and what they share.
 use std::collections::HashMap;
+use std::collections::hash_map::Entry as MapEntry;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -73,6 +74,8 @@ struct Aim {
 struct Flows {
     next: u64,
     live: HashMap<u64, (SocketAddr, Arc<End>)>,
+    /// How many of them each endpoint has.
+    open: HashMap<SocketAddr, usize>,
 }
 
 /// The end of a flow, when it isn't the flow's own.
@@ -108,7 +111,15 @@ pub(super) struct Flow {
 
 impl Drop for Flow {
     fn drop(&mut self) {
-        lock(&self.service.flows).live.remove(&self.id);
+        let mut flows = lock(&self.service.flows);
+        if let Some((endpoint, _)) = flows.live.remove(&self.id)
+            && let MapEntry::Occupied(mut open) = flows.open.entry(endpoint)
+        {
+            *open.get_mut() -= 1;
+            if *open.get() == 0 {
+                open.remove();
+            }
+        }
     }
 }
 
@@ -191,7 +202,8 @@ impl Service {
             let known = lock(&self.affinities.0).get(&(entry.service.clone(), self.protocol, client)).copied();
             known.filter(|sticky| sticky.until > Instant::now()).map(|sticky| sticky.endpoint)
         });
-        table::order(&entry, &inside, client, sticky, random())
+        let flows = lock(&self.flows);
+        table::order(&entry, &inside, client, sticky, random(), |endpoint| flows.open.get(endpoint).copied().unwrap_or(0))
     }
 
     /// A flow has got through to an endpoint.
@@ -206,6 +218,7 @@ impl Service {
         let id = flows.next;
         flows.next += 1;
         flows.live.insert(id, (endpoint, end.clone()));
+        *flows.open.entry(endpoint).or_default() += 1;
         Flow { service: self.clone(), id, end, _route: lock(&self.route).clone() }
     }
 

@@ -3,7 +3,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use outrigger_desired::{Address, Endpoint, Entry, Family, Frontend, Kind};
+use outrigger_desired::{Address, Balancing, Endpoint, Entry, Family, Frontend, Kind};
 
 use crate::config::Config;
 
@@ -101,8 +101,16 @@ pub(super) fn admits(entry: &Entry, inside: &Inside, client: IpAddr) -> bool {
     entry.admits(client) || (inside.is_node(client) && entry.admits_node(&inside.own))
 }
 
-/// The endpoints to try, best first: the client's own by affinity, then the others from a random start.
-pub(super) fn order(entry: &Entry, inside: &Inside, client: IpAddr, sticky: Option<SocketAddr>, random: usize) -> Vec<SocketAddr> {
+/// The endpoints to try, best first: the client's own by affinity, then the others from a random start or, where the Service wants that,
+/// those with fewer open connections through this frontend first.
+pub(super) fn order(
+    entry: &Entry,
+    inside: &Inside,
+    client: IpAddr,
+    sticky: Option<SocketAddr>,
+    random: usize,
+    open: impl Fn(&SocketAddr) -> usize,
+) -> Vec<SocketAddr> {
     let endpoints: &[Endpoint] = match &entry.short_circuit {
         Some(cluster) if inside.has(client) => cluster,
         _ => &entry.backends,
@@ -111,6 +119,9 @@ pub(super) fn order(entry: &Entry, inside: &Inside, client: IpAddr, sticky: Opti
     if !order.is_empty() {
         let start = random % order.len();
         order.rotate_left(start);
+    }
+    if entry.balancing == Balancing::LeastConnections {
+        order.sort_by_key(open);
     }
     if let Some(at) = sticky.and_then(|sticky| order.iter().position(|endpoint| *endpoint == sticky)) {
         order[..=at].rotate_right(1);
@@ -140,6 +151,7 @@ mod tests {
             affinity: Some(Duration::from_secs(1)),
             masquerade: Masquerade::Always,
             source_ranges: Arc::default(),
+            balancing: Balancing::Random,
             no_endpoints: NoEndpoints::Reject,
         }
     }
@@ -147,7 +159,12 @@ mod tests {
     fn ordered(entry: &Entry, client: &str, sticky: Option<&str>, random: usize) -> String {
         let node = NodeAddresses::new(vec!["192.168.0.1".parse().unwrap()], &[], &[], &["10.244.0.0/16".parse().unwrap()]);
         let sticky = sticky.map(|sticky| sticky.parse().unwrap());
-        order(entry, &node.inside(), client.parse().unwrap(), sticky, random)
+        // As many connections as the address' last number says.
+        let open = |endpoint: &SocketAddr| match endpoint.ip() {
+            IpAddr::V4(ip) => ip.octets()[3].into(),
+            IpAddr::V6(_) => 0,
+        };
+        order(entry, &node.inside(), client.parse().unwrap(), sticky, random, open)
             .iter()
             .map(SocketAddr::to_string)
             .collect::<Vec<_>>()
@@ -161,6 +178,9 @@ mod tests {
         assert_eq!(ordered(&three, "9.9.9.9", Some("1.0.0.1:1"), 4), "1.0.0.1:1 1.0.0.2:1 1.0.0.3:1");
         assert_eq!(ordered(&three, "9.9.9.9", Some("1.0.0.9:1"), 0), "1.0.0.1:1 1.0.0.2:1 1.0.0.3:1");
         assert_eq!(ordered(&entry(&[], None), "9.9.9.9", None, 4), "");
+        let least = Entry { balancing: Balancing::LeastConnections, ..three };
+        assert_eq!(ordered(&least, "9.9.9.9", None, 4), "1.0.0.1:1 1.0.0.2:1 1.0.0.3:1");
+        assert_eq!(ordered(&least, "9.9.9.9", Some("1.0.0.3:1"), 4), "1.0.0.3:1 1.0.0.1:1 1.0.0.2:1");
     }
 
     #[test]

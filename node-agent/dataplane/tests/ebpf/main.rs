@@ -1,5 +1,6 @@
 //! The eBPF backend on the real kernel, in cgroups and namespaces of its own.
 #![allow(clippy::unwrap_used, reason = "a failed precondition is a failed test")]
+mod balancing;
 mod lab;
 mod outside;
 mod scale;

@@ -5,9 +5,11 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{LoadBalancerIngress, Pod, Service};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::{Hints, HostPort, Interner, ServicePort, ServiceSpec, Slice, SliceEndpoint, SlicePort};
 use crate::names::{Family, Protocol, ServiceName};
+use crate::table::Balancing;
 
 /// Somebody else serves objects that carry this label.
 const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
@@ -55,12 +57,27 @@ pub(super) fn service(service: &Service, interner: &mut Interner) -> Option<Serv
         internal_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
         external_local,
         source_ranges: source_ranges(spec.load_balancer_source_ranges.as_deref().unwrap_or_default()),
+        balancing: balancing(&service.metadata).and_then(Balancing::parse).unwrap_or_default(),
         health_check_port: if kind == "LoadBalancer" && external_local {
             spec.health_check_node_port.and_then(port_number).unwrap_or(0)
         } else {
             0
         },
     })
+}
+
+fn balancing(meta: &ObjectMeta) -> Option<&str> {
+    meta.annotations.as_ref()?.get(Balancing::ANNOTATION).map(String::as_str)
+}
+
+/// What of the Service's annotations means nothing.
+pub(super) fn warning(meta: &ObjectMeta) -> Option<String> {
+    let unknown = balancing(meta).filter(|text| Balancing::parse(text).is_none())?;
+    let (namespace, name) = (meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default());
+    let annotation = Balancing::ANNOTATION;
+    Some(format!(
+        "Service {namespace}/{name}: {annotation} is one of random and least-connections, not {unknown:?}: backends are chosen at random"
+    ))
 }
 
 /// The address, unless the load balancer delivers to the nodes itself (`ipMode: Proxy`).
