@@ -44,7 +44,7 @@ impl Sizes {
 
 const TABLE_MAPS: [&str; 5] = ["frontends", "cluster_ips", "slots", "counters", "maglev"];
 /// Maps that outlive a change of size, with how many elements they hold.
-const SHARED_MAPS: [(&str, u32); 9] = [
+const SHARED_MAPS: [(&str, u32); 10] = [
     ("node_addresses", 4096),
     ("source_ranges", 1 << 16),
     ("affinity", 1 << 15),
