@@ -54,7 +54,7 @@ impl Pod {
 
     #[inline(always)]
     pub fn has(&self, addr: &Addr) -> bool {
-        *addr == if addr.is_v4() { self.v4 } else { self.v6 }
+        *addr == if addr.is_v4() { self.v4 } else { self.v6 } && *addr != Addr([0; 4])
     }
 }
 

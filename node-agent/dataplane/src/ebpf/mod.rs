@@ -3,15 +3,15 @@
 //! [`plan`] says what the maps should hold (pure), [`load`] brings maps and programs into the kernel, [`maps`] reads and writes them,
 //! [`attach`] holds the programs in place by pinned links, [`restore`] reads a former agent's maps back, [`sockets`] ends what
 //! still points at a gone backend, [`sweep`] forgets connections that are over, [`inspect`] shows what the maps say.
-mod attach;
+pub(crate) mod attach;
 pub mod inspect;
-mod load;
-mod maps;
+pub(crate) mod load;
+pub(crate) mod maps;
 mod plan;
 mod restore;
 mod sockets;
 mod sweep;
-mod sys;
+pub(crate) mod sys;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
