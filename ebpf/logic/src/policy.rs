@@ -77,8 +77,7 @@ pub const fn of_icmp(v4: bool, message: u8) -> Kind {
 /// carry anything anywhere: its destination is the link's, or no router has passed it on.
 #[inline(always)]
 pub const fn is_neighbour(direction: Direction, message: u8, dst: &Addr, hops: u8) -> bool {
-    let first = u32::from_be(dst.0[0]);
-    let link = first >> 22 == 0xfe80 >> 6 || first >> 16 == 0xff02;
+    let link = is_link_local(dst) || u32::from_be(dst.0[0]) >> 16 == 0xff02;
     match message {
         133..=137 => link || (matches!(direction, Direction::Ingress) && hops == 255),
         130..=132 | 143 => link,
@@ -115,8 +114,8 @@ pub fn passes<T: Tables>(tables: &T, pod: Option<&Pod>, direction: Direction, pa
     }
     let exempt = match direction {
         // Others may claim to be the node.
-        Direction::Ingress => packet.from_itself || (packet.from_node && tables.is_node(&packet.remote)),
-        Direction::Egress => tables.is_node(&packet.remote) || pod.is_some_and(|pod| pod.has(&packet.remote)),
+        Direction::Ingress => packet.from_itself || (packet.from_node && is_node(tables, &packet.remote)),
+        Direction::Egress => is_node(tables, &packet.remote) || pod.is_some_and(|pod| pod.has(&packet.remote)),
     };
     if exempt {
         return true;
@@ -127,6 +126,18 @@ pub fn passes<T: Tables>(tables: &T, pod: Option<&Pod>, direction: Direction, pa
         Kind::Error => is_about_allowed(tables, pod, &packet.connection) || allows_all(tables, pod, direction, packet),
         kind => follow(tables, pod, direction, kind, &packet.connection),
     }
+}
+
+/// The pod's neighbour is the node, whatever address its end of the link has got.
+#[inline(always)]
+fn is_node<T: Tables>(tables: &T, addr: &Addr) -> bool {
+    is_link_local(addr) || tables.is_node(addr)
+}
+
+/// `fe80::/10`; IPv4's link-local addresses may be led off the link.
+#[inline(always)]
+const fn is_link_local(addr: &Addr) -> bool {
+    u32::from_be(addr.0[0]) >> 22 == 0xfe80 >> 6
 }
 
 #[inline(always)]

@@ -14,7 +14,7 @@ use outrigger_abi::policy::{Drops, OPEN, Peer, Pod, PortKey};
 use outrigger_desired::policy::{PodPolicy, PolicyTable};
 
 use super::plan::{Plan, Steps};
-use super::{Applied, Dropped, Enforcer};
+use super::{Applied, Dropped, Enforcer, nftables};
 use crate::backend::{BackendError, Result};
 use crate::config::{Config, PodInterfaces};
 use crate::ebpf::attach::{self, Interface, InterfaceHook, Pins, attach_interface, children, create_folder, remove_folder};
@@ -167,7 +167,7 @@ impl Ebpf {
         let left = if self.settled { Default::default() } else { self.read_back()? };
         self.settled = false;
         let mut steps = self.plan.apply(table);
-        self.maps.node.settle(node.iter().map(|ip| (abi::Addr::from(*ip), 1)).collect())?;
+        self.maps.node.settle(self.node_addresses(node)?)?;
         self.maps.ports.put_all(&steps.ports)?;
         self.maps.peers.put_all(&steps.peers)?;
         let wanted = self.look(table, &steps)?;
@@ -178,10 +178,20 @@ impl Ebpf {
         self.forget(&steps)?;
         if first {
             self.remove_other_versions()?;
+            // What another enforcer left has held until here.
+            nftables::remove()?;
         }
         self.settled = true;
         self.isolated = wanted.isolated;
         Ok(Applied { pods: steps.pods.len(), rules: self.plan.rule_sets(), absent: wanted.absent })
+    }
+
+    /// Those that the cluster knows, and those that the node's end of a pod's link may have.
+    fn node_addresses(&self, known: &[IpAddr]) -> Result<HashMap<abi::Addr, u32>> {
+        let failed = |error| BackendError::kernel("list the node's addresses", error);
+        let found = self.namespace.run(namespace::addresses).map_err(failed)?.map_err(failed)?;
+        let all = found.into_iter().filter(|address| !address.loopback).map(|address| address.ip).chain(known.iter().copied());
+        Ok(all.map(|ip| (ip.into(), 1)).collect())
     }
 
     /// Finds the interfaces.
@@ -319,17 +329,23 @@ impl Enforcer for Ebpf {
 
     fn teardown(&mut self) -> Result<()> {
         self.settled = false;
-        let nothing = Wanted { open: self.namespace_interfaces()?, ..Wanted::default() };
-        self.policed = self.maps.policed.entries()?.into_iter().collect();
-        self.release(&nothing, true)?;
-        remove_folder(&self.places.root)?;
-        self.pins.remove_root()
+        self.attached.clear();
+        remove(&self.pins, &self.namespace)
     }
 }
 
-impl Ebpf {
-    fn namespace_interfaces(&self) -> Result<Vec<String>> {
-        let failed = |error| BackendError::kernel("list the node's interfaces", error);
-        Ok(self.namespace.run(namespace::interfaces).map_err(failed)?.map_err(failed)?.into_iter().collect())
+/// Takes every program off its interface, and forgets the maps.
+pub(super) fn remove(pins: &Pins, node: &Namespace) -> Result<()> {
+    let places = Places { root: pins.policy() };
+    if !places.root.exists() {
+        return Ok(());
     }
+    for pin in children(&places.links())? {
+        attach::detach(&pin)?;
+    }
+    let failed = |error| BackendError::kernel("list the node's interfaces", error);
+    let detach = || namespace::interfaces().map(|names| names.iter().for_each(|name| detach_classic(name)));
+    node.run(detach).map_err(failed)?.map_err(failed)?;
+    remove_folder(&places.root)?;
+    pins.remove_root()
 }

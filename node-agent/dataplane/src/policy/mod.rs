@@ -5,6 +5,7 @@
 mod ebpf;
 mod nftables;
 mod plan;
+mod render;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -61,11 +62,7 @@ pub fn open_beside(config: &Config, services: Mode) -> Result<Box<dyn Enforcer>>
         // Its programs would see the Service's address and not yet the pod's.
         other => Some(format!("Services are translated by {other}, behind the pods' interfaces")),
     };
-    let Some(no_ebpf) = no_ebpf else {
-        let enforcer = ebpf::Ebpf::open(config)?;
-        nftables::remove()?;
-        return Ok(Box::new(enforcer));
-    };
+    let Some(no_ebpf) = no_ebpf else { return Ok(Box::new(ebpf::Ebpf::open(config)?)) };
     match crate::nftables::missing() {
         None => Ok(Box::new(nftables::Nftables::open(config)?)),
         Some(no_nftables) => {

@@ -206,7 +206,7 @@ fn an_isolated_pod_cannot_use_other_addresses() {
     Lab::run(|lab| {
         serve_all(lab);
         let mut agent = lab.agent();
-        lab.a.ip(&["addr add 10.0.0.77/32 dev lo", "addr add fd00::77/128 dev lo nodad"]);
+        lab.a.ip(&["addr add 10.0.0.77/32 dev eth0", "addr add fd00::77/128 dev eth0 nodad"]);
         ip("route add 10.0.0.77/32 dev poda");
         ip("route add fd00::77/128 dev poda");
         serve(&lab.a, "10.0.0.77:80");
