@@ -22,8 +22,10 @@ const DEBIAN_SUITE: &str = "trixie-backports";
 const TARGET: &str = "bpfel-unknown-none";
 /// Sources whose change makes the object stale.
 const SOURCES: [&str; 3] = ["ebpf/abi", "ebpf/logic", "ebpf/programs"];
+/// The objects, by the names of their binaries.
+const OBJECTS: [&str; 2] = ["outrigger", "outrigger-police"];
 
-/// Builds the eBPF object unless it is up to date. Idempotent, safe to interrupt and to run in parallel.
+/// Builds the eBPF objects unless they are up to date. Idempotent, safe to interrupt and to run in parallel.
 pub fn run() -> Result<()> {
     let workspace = paths::workspace();
     let rust = Rust::probe(&workspace)?;
@@ -187,11 +189,12 @@ fn ensure_bpf_linker(cache: &Path, rust: &Rust) -> Result<PathBuf> {
 }
 
 fn build(workspace: &Path, out: &Path, rust: &Rust, library: &Path, linker: &Path) -> Result<()> {
-    let object = out.join("outrigger.bpf.o");
+    let objects = OBJECTS.map(|name| (name, out.join(format!("{name}.bpf.o"))));
     let stamp = out.join("outrigger.bpf.fingerprint");
     let fingerprint = fingerprint(workspace, rust)?;
-    if fs::metadata(&object).is_ok_and(|meta| meta.len() > 0) && fs::read_to_string(&stamp).is_ok_and(|old| old == fingerprint) {
-        say(&format!("{}: up to date", object.display()));
+    let whole = objects.iter().all(|(_, object)| fs::metadata(object).is_ok_and(|meta| meta.len() > 0));
+    if whole && fs::read_to_string(&stamp).is_ok_and(|old| old == fingerprint) {
+        objects.iter().for_each(|(_, object)| say(&format!("{}: up to date", object.display())));
         return Ok(());
     }
     let start = Instant::now();
@@ -199,7 +202,7 @@ fn build(workspace: &Path, out: &Path, rust: &Rust, library: &Path, linker: &Pat
     let mut command = Command::new("cargo");
     command
         .current_dir(workspace.join("ebpf/programs"))
-        .args(["build", "--release", "--locked", "--bin", "outrigger", "--target", TARGET, "-Z", "build-std=core"])
+        .args(["build", "--release", "--locked", "--bins", "--target", TARGET, "-Z", "build-std=core"])
         .arg("--target-dir")
         .arg(&target_dir);
     clean_cargo_env(&mut command);
@@ -213,14 +216,16 @@ fn build(workspace: &Path, out: &Path, rust: &Rust, library: &Path, linker: &Pat
         status.success(),
         "the eBPF programs did not compile: see above (sources in ebpf/programs, shared with ebpf/logic and ebpf/abi)"
     );
-    let built = target_dir.join(TARGET).join("release/outrigger");
-    let partial = out.join("outrigger.bpf.o.partial");
-    fs::copy(&built, &partial).with_context(|| format!("copy {}", built.display()))?;
-    // An old stamp beside a new object would only cost a rebuild; a new stamp beside an old object would hide a change.
-    fs::rename(&partial, &object).with_context(|| format!("put {} in place", object.display()))?;
+    for (name, object) in &objects {
+        let built = target_dir.join(TARGET).join("release").join(name);
+        let partial = object.with_extension("partial");
+        fs::copy(&built, &partial).with_context(|| format!("copy {}", built.display()))?;
+        fs::rename(&partial, object).with_context(|| format!("put {} in place", object.display()))?;
+        let size = fs::metadata(object).map(|meta| meta.len()).unwrap_or_default();
+        say(&format!("{}: built in {} ({} KiB)", object.display(), seconds(start), size.div_ceil(1024)));
+    }
+    // An old stamp beside new objects would only cost a rebuild; a new stamp beside an old object would hide a change.
     fs::write(&stamp, fingerprint).with_context(|| format!("write {}", stamp.display()))?;
-    let size = fs::metadata(&object).map(|meta| meta.len()).unwrap_or_default();
-    say(&format!("{}: built in {} ({} KiB)", object.display(), seconds(start), size.div_ceil(1024)));
     Ok(())
 }
 

@@ -5,6 +5,8 @@
 //! IPv4 addresses take their v4-mapped IPv6 form, so that one key serves both families and v6 sockets that dial v4.
 #![no_std]
 
+pub mod policy;
+
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Bumped when a layout or a meaning changes: pinned maps of another version aren't adopted.

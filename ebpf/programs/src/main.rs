@@ -3,19 +3,11 @@
 #![no_main]
 #![feature(asm_experimental_arch)]
 
+mod base;
+mod header;
 mod maps;
 mod packet;
 mod socket;
-
-#[cfg(not(test))]
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
-}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
 /// By it an agent knows an object that was built for another version of the maps.
 #[used]

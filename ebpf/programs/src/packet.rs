@@ -1,12 +1,11 @@
 //! Hooks of the node's interfaces: packets from outside and from pods to Services, the answers to them, and errors about either.
 
-use core::mem::MaybeUninit;
 use core::ptr::{addr_of, from_mut, from_ref, null_mut};
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::{
     bpf_csum_diff, bpf_fib_lookup, bpf_get_smp_processor_id, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
-    bpf_skb_load_bytes, bpf_skb_store_bytes,
+    bpf_skb_store_bytes,
 };
 use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::PerCpuArray;
@@ -15,15 +14,9 @@ use outrigger_abi::{Addr, Flow, Fragment, Port, Ports, TCP, Tuple, UDP, Uplink, 
 use outrigger_logic::packet::{self, Action, Flows, Packet, Part, arrive, leave, may_open};
 use outrigger_logic::service::{Choice, Tables, Verdict};
 
+use crate::header::{DROP, ICMP, ICMPV6, IPV4, IPV6, L3, NEXT, ethertype, header, ifindex, is_error, load};
 use crate::maps::{FLOWS, FRAGMENTS, Kernel, UPLINKS, activate, count, is_active};
 
-/// On to other programs of the interface, then to the stack.
-const NEXT: i32 = -1;
-const DROP: i32 = 2;
-/// Length of an Ethernet header; tags are kept beside the packet.
-const L3: u32 = 14;
-const IPV4: u32 = 0x0800_u16.to_be() as u32;
-const IPV6: u32 = 0x86dd_u16.to_be() as u32;
 const PSEUDO_HEADER: u64 = 0x10;
 const MANGLED_0: u64 = 0x20;
 const NO_EXIST: u64 = 1;
@@ -128,22 +121,6 @@ struct Place {
 }
 
 #[inline(always)]
-fn ifindex(skb: *mut __sk_buff) -> u32 {
-    // SAFETY: the context is valid for the whole call.
-    unsafe { addr_of!((*skb).ifindex).read_volatile() }
-}
-
-#[inline(always)]
-fn load<T>(skb: *mut __sk_buff, offset: u32) -> Option<T> {
-    let mut value = MaybeUninit::<T>::uninit();
-    // SAFETY: the helper fills the whole value or fails; `T` is made of integers here.
-    unsafe {
-        let result = bpf_skb_load_bytes(skb.cast(), offset, from_mut(&mut value).cast(), size_of::<T>() as u32);
-        if result == 0 { Some(value.assume_init()) } else { None }
-    }
-}
-
-#[inline(always)]
 fn store<T>(skb: *mut __sk_buff, offset: u32, value: &T) -> bool {
     // SAFETY: the helper reads the whole value.
     unsafe { bpf_skb_store_bytes(skb.cast(), offset, from_ref(value).cast(), size_of::<T>() as u32, 0) == 0 }
@@ -152,8 +129,7 @@ fn store<T>(skb: *mut __sk_buff, offset: u32, value: &T) -> bool {
 /// Whether no connection begins with the packet, as a look at plain headers tells; false when in doubt.
 #[inline(always)]
 fn opens_nothing(skb: *mut __sk_buff) -> bool {
-    // SAFETY: the context is valid for the whole call.
-    match unsafe { addr_of!((*skb).protocol).read_volatile() } {
+    match ethertype(skb) {
         IPV4 => head::<48>(skb).is_some_and(|head| head[14] == PLAIN_IPV4 && head[23] == TCP && !may_open(TCP, head[47])),
         IPV6 => head::<68>(skb).is_some_and(|head| head[20] == TCP && !may_open(TCP, head[67])),
         _ => true,
@@ -174,53 +150,6 @@ fn head<'a, const LENGTH: usize>(skb: *mut __sk_buff) -> Option<&'a [u8; LENGTH]
     }
 }
 
-const ICMP: u8 = 1;
-const ICMPV6: u8 = 58;
-const FRAGMENT_HEADER: u8 = 44;
-
-/// An IP header's addresses and what it carries.
-struct Header {
-    src: Addr,
-    dst: Addr,
-    protocol: u8,
-    length: u32,
-    lifetime: u16,
-    /// The fragment's id, offset and whether more follow; all zero in a whole packet.
-    id: u32,
-    offset: u16,
-    more: bool,
-}
-
-#[inline(always)]
-fn header(skb: *mut __sk_buff, at: u32, v4: bool) -> Option<Header> {
-    if v4 {
-        let words: [u32; 5] = load(skb, at)?;
-        let fragment = u16::from_be((words[1] >> 16) as u16);
-        return Some(Header {
-            src: Addr::from_v4_word(words[3]),
-            dst: Addr::from_v4_word(words[4]),
-            protocol: (words[2] >> 8) as u8,
-            length: (words[0] & 0xf) * 4,
-            lifetime: words[2] as u16,
-            id: words[1] & 0xffff,
-            offset: fragment & 0x1fff,
-            more: fragment & 0x2000 != 0,
-        });
-    }
-    let words: [u32; 10] = load(skb, at)?;
-    let lifetime = (words[1] >> 16) as u16;
-    let (mut protocol, mut length, mut id, mut offset, mut more) = (lifetime as u8, 40, 0, 0, false);
-    if protocol == FRAGMENT_HEADER {
-        let extension: [u32; 2] = load(skb, at + 40)?;
-        let fragment = u16::from_be((extension[0] >> 16) as u16);
-        (protocol, length, id) = (extension[0] as u8, 48, extension[1]);
-        (offset, more) = (fragment >> 3, fragment & 1 != 0);
-    }
-    let src = Addr([words[2], words[3], words[4], words[5]]);
-    let dst = Addr([words[6], words[7], words[8], words[9]]);
-    Some(Header { src, dst, protocol, length, lifetime, id, offset, more })
-}
-
 /// Reads TCP, UDP and errors about them; false for the rest, which is the stack's.
 #[inline(never)]
 fn parse(skb: *mut __sk_buff, scratch: *mut Scratch) -> bool {
@@ -232,9 +161,7 @@ fn parse(skb: *mut __sk_buff, scratch: *mut Scratch) -> bool {
 #[inline(always)]
 fn read(skb: *mut __sk_buff, scratch: &mut Scratch) -> Option<()> {
     let Scratch { packet, place, fragment, .. } = scratch;
-    // SAFETY: the context is valid for the whole call.
-    let ethertype = unsafe { addr_of!((*skb).protocol).read_volatile() };
-    place.v4 = match ethertype {
+    place.v4 = match ethertype(skb) {
         IPV4 => true,
         IPV6 => false,
         _ => return None,
@@ -284,9 +211,7 @@ fn ports_of(packet: &mut Packet, protocol: u8, sport: Port, dport: Port) {
 #[inline(always)]
 fn error(skb: *mut __sk_buff, packet: &mut Packet, place: &mut Place) -> Option<()> {
     let kind: u8 = load(skb, place.l4)?;
-    // Unreachable, time exceeded, bad header; IPv6 has its own for packets that are too big.
-    let is_error = if place.v4 { kind == 3 || kind == 11 || kind == 12 } else { (1..=4).contains(&kind) };
-    if !is_error {
+    if !is_error(kind, place.v4) {
         return None;
     }
     place.inner = place.l4 + 8;

@@ -1,4 +1,5 @@
-//! From the desired table to the kernel: the choice of a backend, the loop that feeds it, and the three backends.
+//! From the desired table to the kernel: the choice of a backend, the loop that feeds it, and the three backends. Network policies
+//! have two of their own.
 pub mod backend;
 pub mod config;
 pub mod conntrack;
@@ -8,6 +9,7 @@ pub mod metrics;
 mod namespace;
 mod netlink;
 pub mod nftables;
+pub mod policy;
 pub mod probe;
 pub mod proxy;
 #[cfg(test)]

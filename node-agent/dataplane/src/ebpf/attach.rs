@@ -67,6 +67,11 @@ impl Pins {
         self.version().join("shared")
     }
 
+    /// Of the programs that police pods; they outlive the Service path.
+    pub fn policy(&self) -> PathBuf {
+        self.root.join("policy")
+    }
+
     pub fn tables(&self) -> PathBuf {
         self.version().join("tables")
     }
@@ -101,7 +106,7 @@ impl Pins {
 
     /// What agents of another layout left.
     pub fn remove_other_versions(&self) -> Result<()> {
-        let keep = [self.version(), self.links()];
+        let keep = [self.version(), self.links(), self.policy()];
         for path in children(&self.root)? {
             if !keep.contains(&path) {
                 remove_folder(&path)?;
@@ -113,18 +118,36 @@ impl Pins {
     /// Detaches everything and forgets every map.
     pub fn remove(&self) -> Result<()> {
         for path in children(&self.links())? {
-            let detached = sys::get_pinned(&path).and_then(|link| sys::link_detach(link.as_fd()));
-            detached.map_err(|error| BackendError::kernel(format!("detach {}", path.display()), error))?;
+            detach(&path)?;
         }
-        remove_folder(&self.root)
+        for path in children(&self.root)?.into_iter().filter(|path| *path != self.policy()) {
+            remove_folder(&path)?;
+        }
+        self.remove_root()
+    }
+
+    /// Goes with the last that is in it.
+    pub fn remove_root(&self) -> Result<()> {
+        match fs::remove_dir(&self.root) {
+            Err(error) if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {
+                Err(BackendError::kernel(format!("remove {}", self.root.display()), error))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
-fn create_folder(folder: &Path) -> Result<()> {
+/// Ends a pinned link at once; others may hold it too.
+pub(crate) fn detach(pin: &Path) -> Result<()> {
+    let detached = sys::get_pinned(pin).and_then(|link| sys::link_detach(link.as_fd())).and_then(|()| fs::remove_file(pin));
+    detached.map_err(|error| BackendError::kernel(format!("detach {}", pin.display()), error))
+}
+
+pub(crate) fn create_folder(folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).map_err(|error| BackendError::kernel(format!("create {}", folder.display()), error))
 }
 
-fn children(folder: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn children(folder: &Path) -> Result<Vec<PathBuf>> {
     let what = |error| BackendError::kernel(format!("list {}", folder.display()), error);
     let entries = match fs::read_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -134,7 +157,7 @@ fn children(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Unpins what is in there; the file system has no recursive removal of its own.
-fn remove_folder(folder: &Path) -> Result<()> {
+pub(crate) fn remove_folder(folder: &Path) -> Result<()> {
     for path in children(folder)? {
         if path.is_dir() {
             remove_folder(&path)?;
@@ -173,7 +196,8 @@ pub fn open_cgroup(path: &Path) -> Result<File> {
 
 /// The programs that have to be in the object.
 pub fn programs() -> impl Iterator<Item = String> {
-    HOOKS.iter().chain(&INTERFACE_HOOKS).map(|(hook, _)| format!("outrigger_{hook}"))
+    let hooks = HOOKS.iter().map(|(hook, _)| *hook).chain(INTERFACE_HOOKS.iter().map(|hook| hook.name));
+    hooks.map(|hook| format!("outrigger_{hook}"))
 }
 
 /// Puts the programs in their places, each in the former one's stead by one atomic step.
@@ -182,7 +206,7 @@ pub fn attach_cgroup(programs: &Programs, cgroup: &File, pins: &Pins) -> Result<
     for (hook, attach_type) in HOOKS {
         let program = programs.program(&format!("outrigger_{hook}"))?;
         let pin = pins.links().join(hook);
-        attach(program, cgroup.as_raw_fd() as u32, attach_type, &pin, |info| info.target == id)
+        attach(program, cgroup.as_raw_fd() as u32, attach_type, 0, &pin, |info| info.target == id)
             .map_err(|error| BackendError::kernel(format!("attach the eBPF program {hook} to the node's cgroup"), error))?;
     }
     Ok(())
@@ -195,33 +219,56 @@ pub struct Interface {
     pub index: u32,
 }
 
-/// The hooks of an interface: program, and `enum bpf_attach_type`. Answers are renamed before requests are led anywhere.
-const INTERFACE_HOOKS: [(&str, u32); 2] = [("leave", 47), ("arrive", 46)];
+/// A hook of an interface, and the program for it.
+pub(crate) struct InterfaceHook {
+    pub name: &'static str,
+    pub ingress: bool,
+    /// Where among the programs of the hook: `sys::FIRST` or `sys::LAST`.
+    pub place: u32,
+    /// The same among classic filters, which run by their priority.
+    pub priority: u16,
+}
+
+/// Answers are renamed before requests are led anywhere. Pods are policed by the addresses behind Services: between.
+const INTERFACE_HOOKS: [InterfaceHook; 2] = [
+    InterfaceHook { name: "leave", ingress: false, place: sys::LAST, priority: 10 },
+    InterfaceHook { name: "arrive", ingress: true, place: sys::FIRST, priority: 10 },
+];
+
+/// Puts a program on an interface, and pins it there. False when the interface has gone meanwhile. To be called in the node's network
+/// namespace.
+pub(crate) fn attach_interface(programs: &mut Programs, interface: &Interface, hook: &InterfaceHook, pin: &Path) -> Result<bool> {
+    /// `enum bpf_attach_type`.
+    const TCX_INGRESS: u32 = 46;
+    const TCX_EGRESS: u32 = 47;
+    let name = format!("outrigger_{}", hook.name);
+    let attach_type = if hook.ingress { TCX_INGRESS } else { TCX_EGRESS };
+    // The low half of the target is the interface's index.
+    let is_target = |info: &sys::LinkInfo| info.target as u32 == interface.index;
+    match attach(programs.program(&name)?, interface.index, attach_type, hook.place, pin, is_target) {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(false),
+        // Before Linux 6.6 there are no links to interfaces.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            programs.attach_classic(&name, &interface.name, hook.ingress, hook.priority).map(|()| true)
+        }
+        Err(error) => {
+            Err(BackendError::kernel(format!("attach the eBPF program {} to the interface {}", hook.name, interface.name), error))
+        }
+    }
+}
 
 /// Puts the packet programs on interfaces, and forgets interfaces that are gone. To be called in the node's network namespace.
 pub fn attach_interfaces(programs: &mut Programs, interfaces: &[Interface], pins: &Pins) -> Result<()> {
-    let pin_of = |interface: &Interface, hook: &str| pins.links().join(format!("interface_{}_{hook}", interface.index));
+    let pin_of = |interface: &Interface, hook: &InterfaceHook| pins.links().join(format!("interface_{}_{}", interface.index, hook.name));
     for interface in interfaces {
-        for (hook, attach_type) in INTERFACE_HOOKS {
-            let name = format!("outrigger_{hook}");
-            let pin = pin_of(interface, hook);
-            // The low half of the target is the interface's index.
-            let attached =
-                attach(programs.program(&name)?, interface.index, attach_type, &pin, |info| info.target as u32 == interface.index);
-            match attached {
-                // It has gone meanwhile.
-                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => break,
-                // Before Linux 6.6 there are no links to interfaces.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                    programs.attach_classic(&name, &interface.name, hook == "arrive")?
-                }
-                attached => attached.map_err(|error| {
-                    BackendError::kernel(format!("attach the eBPF program {hook} to the interface {}", interface.name), error)
-                })?,
+        for hook in &INTERFACE_HOOKS {
+            if !attach_interface(programs, interface, hook, &pin_of(interface, hook))? {
+                break;
             }
         }
     }
-    let wanted: Vec<_> = interfaces.iter().flat_map(|interface| INTERFACE_HOOKS.map(|(hook, _)| pin_of(interface, hook))).collect();
+    let wanted: Vec<_> = interfaces.iter().flat_map(|interface| INTERFACE_HOOKS.iter().map(|hook| pin_of(interface, hook))).collect();
     for path in children(&pins.links())? {
         let is_interface = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"interface_"));
         if is_interface && !wanted.contains(&path) {
@@ -235,6 +282,7 @@ fn attach(
     program: BorrowedFd<'_>,
     target: u32,
     attach_type: u32,
+    flags: u32,
     pin: &Path,
     is_target: impl Fn(&sys::LinkInfo) -> bool,
 ) -> io::Result<()> {
@@ -248,7 +296,7 @@ fn attach(
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }
-    let link = sys::link_create(program, target, attach_type)?;
+    let link = sys::link_create(program, target, attach_type, flags)?;
     match fs::remove_file(pin) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}

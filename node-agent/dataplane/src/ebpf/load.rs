@@ -60,17 +60,19 @@ const SHARED_MAPS: [(&str, u32); 10] = [
     ("fragments", 1 << 12),
 ];
 
-/// Where classic tc filters of ours hang: before those that ask for no place of their own.
-const FILTER_PRIORITY: u16 = 10;
+/// Where classic tc filters of ours hang.
 const FILTER_HANDLE: u16 = 0x4f52;
 
 /// Why the object that was built in can't be used, when it can't.
 pub fn unusable() -> Option<&'static str> {
-    if OBJECT.is_empty() {
+    flaw(OBJECT, &outrigger_abi::MARKER)
+}
+
+pub(crate) fn flaw(object: &[u8], marker: &[u8]) -> Option<&'static str> {
+    if object.is_empty() {
         return Some(NOT_BUILT);
     }
-    let marker = outrigger_abi::MARKER;
-    (!OBJECT.windows(marker.len()).any(|window| window == marker)).then_some(OUTDATED)
+    (!object.windows(marker.len()).any(|window| window == marker)).then_some(OUTDATED)
 }
 
 /// Programs in the kernel, attached to nothing yet. Dropping them leaves what was attached and pinned.
@@ -110,11 +112,12 @@ impl Programs {
         if let Some(reason) = unusable() {
             return Err(BackendError::failed("load the eBPF programs", reason));
         }
+        Self::load_object(loader.override_global("HOST_NAMESPACE", host_namespace, true), OBJECT)
+    }
+
+    pub(crate) fn load_object(loader: &mut EbpfLoader<'_>, object: &[u8]) -> Result<Self> {
         let failed = |what: String, error: &dyn std::error::Error| BackendError::failed(what, chain(error));
-        let mut ebpf = loader
-            .override_global("HOST_NAMESPACE", host_namespace, true)
-            .load(OBJECT)
-            .map_err(|error| failed("load the eBPF object".into(), &error))?;
+        let mut ebpf = loader.load(object).map_err(|error| failed("load the eBPF object".into(), &error))?;
         for (name, program) in ebpf.programs_mut() {
             let loaded = match program {
                 aya::programs::Program::CgroupSockAddr(program) => program.load(),
@@ -128,7 +131,7 @@ impl Programs {
     }
 
     /// Hangs a packet program on an interface by the classic tc filter, in the former one's place.
-    pub fn attach_classic(&mut self, name: &str, interface: &str, ingress: bool) -> Result<()> {
+    pub fn attach_classic(&mut self, name: &str, interface: &str, ingress: bool, priority: u16) -> Result<()> {
         use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcAttachType, TcError, TcHandle, qdisc_add_clsact};
         let failed = |error: &dyn std::error::Error| {
             BackendError::failed(format!("attach the eBPF program {name} to the interface {interface} by a tc filter"), chain(error))
@@ -144,7 +147,7 @@ impl Programs {
             .try_into()
             .map_err(|error: aya::programs::ProgramError| failed(&error))?;
         let direction = if ingress { TcAttachType::Ingress } else { TcAttachType::Egress };
-        let (priority, handle) = (FILTER_PRIORITY, TcHandle::new(0, FILTER_HANDLE));
+        let handle = TcHandle::new(0, FILTER_HANDLE);
         let options = NlOptions { priority, handle, classid: None };
         let link = match program.attach_with_options(interface, direction, TcAttachOptions::Netlink(options)) {
             Ok(link) => link,
@@ -157,6 +160,17 @@ impl Programs {
         // The filter stays when this agent goes.
         std::mem::forget(program.take_link(link).map_err(|error| failed(&error))?);
         Ok(())
+    }
+
+    /// Takes a packet program off an interface, where it hangs there by a classic tc filter.
+    pub(crate) fn detach_classic(interface: &str, ingress: bool, priority: u16) {
+        use aya::programs::links::Link;
+        use aya::programs::tc::{SchedClassifierLink, TcAttachType, TcHandle};
+        let direction = if ingress { TcAttachType::Ingress } else { TcAttachType::Egress };
+        // Where there is no filter there is nothing to do.
+        if let Ok(link) = SchedClassifierLink::attached(interface, direction, priority, TcHandle::new(0, FILTER_HANDLE), None) {
+            let _ = link.detach();
+        }
     }
 
     pub fn program(&self, name: &str) -> Result<BorrowedFd<'_>> {

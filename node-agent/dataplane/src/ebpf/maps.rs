@@ -38,7 +38,11 @@ plain!(
     abi::Affinity,
     abi::Uplink,
     abi::Tuple,
-    abi::Flow
+    abi::Flow,
+    abi::policy::Pod,
+    abi::policy::Peer,
+    abi::policy::PortKey,
+    abi::policy::Drops
 );
 
 /// Elements per call of a batched read.
@@ -130,6 +134,43 @@ impl<K: Plain, V: Plain> Map<K, V> {
         let full = matches!(error.raw_os_error(), Some(libc::E2BIG | libc::ENOSPC));
         let hint = if full { format!(" (it holds at most {} elements)", self.capacity) } else { String::new() };
         BackendError::kernel(format!("{verb} the eBPF map {}{hint}", self.name), error)
+    }
+}
+
+/// A hash map with one value per possible CPU.
+pub struct PerCpuMap<K, V> {
+    name: &'static str,
+    fd: OwnedFd,
+    cpus: usize,
+    types: PhantomData<(K, V)>,
+}
+
+#[expect(private_bounds, reason = "only the ABI's types are plain")]
+impl<K: Plain, V: Plain> PerCpuMap<K, V> {
+    pub fn open(folder: &Path, name: &'static str) -> Result<Self> {
+        let Map { fd, .. } = Map::<K, V>::open(folder, name)?;
+        let cpus = aya::util::nr_cpus().map_err(|(path, error)| BackendError::kernel(format!("read {path}"), error))?;
+        Ok(Self { name, fd, cpus, types: PhantomData })
+    }
+
+    /// Empty when there is no such element.
+    pub fn get(&self, key: &K) -> Result<Vec<V>> {
+        let mut values = vec![V::default(); self.cpus];
+        // The kernel writes `cpus` values; a slice's first element stands for all of them.
+        let failed = |error| BackendError::kernel(format!("read the eBPF map {}", self.name), error);
+        let first = values.first_mut().ok_or_else(|| BackendError::failed("read a counter", "this machine has no CPU"))?;
+        let found = sys::lookup(&self.fd, key, first).map_err(failed)?;
+        Ok(if found { values } else { Vec::new() })
+    }
+
+    pub fn reset(&self, key: &K) -> Result<()> {
+        let zeros = vec![V::default(); self.cpus];
+        let failed = |error| BackendError::kernel(format!("write to the eBPF map {}", self.name), error);
+        sys::update(&self.fd, key, zeros.as_slice()).map_err(failed)
+    }
+
+    pub fn delete(&self, key: &K) -> Result<bool> {
+        sys::delete(&self.fd, key).map_err(|error| BackendError::kernel(format!("delete from the eBPF map {}", self.name), error))
     }
 }
 

@@ -5,18 +5,18 @@
 //! still points at a gone backend, [`sweep`] forgets connections that are over, [`activity`] says whether there are any, [`ports`] keeps the node's
 //! own sockets off their ports, [`inspect`] shows what the maps say.
 mod activity;
-mod attach;
+pub(crate) mod attach;
 pub mod inspect;
-mod load;
+pub(crate) mod load;
 mod maglev;
-mod maps;
+pub(crate) mod maps;
 mod plan;
 mod ports;
 mod restore;
 mod sockets;
 mod space;
 mod sweep;
-mod sys;
+pub(crate) mod sys;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;

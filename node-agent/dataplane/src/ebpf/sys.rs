@@ -118,9 +118,14 @@ struct LinkCreateAttr {
     rest: [u32; 4],
 }
 
+/// Before all other programs of the interface's hook.
+pub const FIRST: u32 = 1 << 3;
+/// Behind them.
+pub const LAST: u32 = 1 << 4;
+
 /// Attaches a program to a cgroup (`target` is its descriptor) or an interface (its index).
-pub fn link_create(program: BorrowedFd<'_>, target: u32, attach_type: u32) -> io::Result<OwnedFd> {
-    let mut attr = LinkCreateAttr { prog_fd: program.as_raw_fd() as u32, target, attach_type, ..LinkCreateAttr::default() };
+pub fn link_create(program: BorrowedFd<'_>, target: u32, attach_type: u32, flags: u32) -> io::Result<OwnedFd> {
+    let mut attr = LinkCreateAttr { prog_fd: program.as_raw_fd() as u32, target, attach_type, flags, ..LinkCreateAttr::default() };
     bpf(LINK_CREATE, &mut attr).map(owned)
 }
 
@@ -156,7 +161,7 @@ struct ElemAttr {
 }
 
 /// Reads one element into `value`; false when there is none. The caller keeps key and value of the map's sizes.
-pub(super) fn lookup<K, V>(map: &OwnedFd, key: &K, value: &mut V) -> io::Result<bool> {
+pub(crate) fn lookup<K, V>(map: &OwnedFd, key: &K, value: &mut V) -> io::Result<bool> {
     let mut attr = ElemAttr { map_fd: map.as_raw_fd() as u32, key: address(key), value: address(value), ..ElemAttr::default() };
     match bpf(MAP_LOOKUP_ELEM, &mut attr) {
         Ok(_) => Ok(true),
@@ -165,13 +170,13 @@ pub(super) fn lookup<K, V>(map: &OwnedFd, key: &K, value: &mut V) -> io::Result<
     }
 }
 
-pub(super) fn update<K, V: ?Sized>(map: &OwnedFd, key: &K, value: &V) -> io::Result<()> {
+pub(crate) fn update<K, V: ?Sized>(map: &OwnedFd, key: &K, value: &V) -> io::Result<()> {
     let mut attr = ElemAttr { map_fd: map.as_raw_fd() as u32, key: address(key), value: address(value), ..ElemAttr::default() };
     bpf(MAP_UPDATE_ELEM, &mut attr).map(drop)
 }
 
 /// False when there was no such element.
-pub(super) fn delete<K>(map: &OwnedFd, key: &K) -> io::Result<bool> {
+pub(crate) fn delete<K>(map: &OwnedFd, key: &K) -> io::Result<bool> {
     let mut attr = ElemAttr { map_fd: map.as_raw_fd() as u32, key: address(key), ..ElemAttr::default() };
     match bpf(MAP_DELETE_ELEM, &mut attr) {
         Ok(_) => Ok(true),
@@ -194,7 +199,7 @@ struct BatchAttr {
 }
 
 /// Writes all elements in one call.
-pub(super) fn update_batch<K, V>(map: &OwnedFd, keys: &[K], values: &[V]) -> io::Result<()> {
+pub(crate) fn update_batch<K, V>(map: &OwnedFd, keys: &[K], values: &[V]) -> io::Result<()> {
     debug_assert_eq!(keys.len(), values.len());
     if keys.is_empty() {
         return Ok(());
@@ -211,13 +216,13 @@ pub(super) fn update_batch<K, V>(map: &OwnedFd, keys: &[K], values: &[V]) -> io:
 
 /// Where a batched read goes on.
 #[derive(Default)]
-pub(super) struct Cursor {
+pub(crate) struct Cursor {
     token: Option<[u64; 4]>,
 }
 
 /// Reads up to `keys.len()` elements; the count, and whether that was the end. Hash maps hand out whole buckets, and answer
 /// ENOSPC when one doesn't fit.
-pub(super) fn lookup_batch<K, V>(map: &OwnedFd, cursor: &mut Cursor, keys: &mut [K], values: &mut [V]) -> io::Result<(usize, bool)> {
+pub(crate) fn lookup_batch<K, V>(map: &OwnedFd, cursor: &mut Cursor, keys: &mut [K], values: &mut [V]) -> io::Result<(usize, bool)> {
     let last = cursor.token;
     let mut next = [0_u64; 4];
     let mut attr = BatchAttr {
@@ -236,4 +241,12 @@ pub(super) fn lookup_batch<K, V>(map: &OwnedFd, cursor: &mut Cursor, keys: &mut 
     };
     cursor.token = Some(next);
     Ok((attr.count as usize, end))
+}
+
+/// Returns when no program runs any more that ran before. Where the kernel has no such call, programs that are so slow may still read
+/// what is deleted next.
+pub(crate) fn wait_for_programs() {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    // SAFETY: the call takes numbers; it waits for an RCU grace period, which programs keep from ending.
+    unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
 }

@@ -103,7 +103,7 @@ pub(super) fn replace_all(text: &str) -> Result<()> {
 }
 
 /// Runs one transaction given as text.
-fn nft(text: &str) -> Result<()> {
+pub(crate) fn nft(text: &str) -> Result<()> {
     let failed = |error: std::io::Error| BackendError::kernel("run nft", error);
     let mut child =
         Command::new("nft").args(["-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().map_err(failed)?;

@@ -3,7 +3,7 @@
 //! What belongs to a Service is elements of maps, never a chain, a set or a rule of its own: the kernel goes through all of those at
 //! each transaction. [`render`] is what doesn't depend on Services, [`plan`] says which elements they are (pure), [`rules`] and
 //! [`wire`] put them in the kernel's words, [`apply`] carries them over, [`inspect`] reads single ones back.
-mod apply;
+pub(crate) mod apply;
 mod inspect;
 mod ops;
 mod plan;
