@@ -202,6 +202,7 @@ fn peers() {
         (json!([{"namespaceSelector": team("green")}]), "closed"),
         (json!([{"ipBlock": {"cidr": "192.168.0.0/16"}}]), "192.168.0.0/16=all"),
         (json!([{"ipBlock": {"cidr": "192.168.1.5/16"}}]), "192.168.0.0/16=all"),
+        (json!([{"ipBlock": {"cidr": "010.000.0.0/8"}}]), "10.0.0.0/8=all"),
         (json!([{"ipBlock": {"cidr": "fd00::/8", "except": ["fd00:1::/32"]}}]), "fd00::/8=all fd00:1::/32=none"),
         (json!([{"ipBlock": {"cidr": "10.0.0.0/8", "except": ["not one"]}}]), "closed"),
     ] {

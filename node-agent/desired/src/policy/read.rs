@@ -124,9 +124,19 @@ fn peer(peer: &NetworkPolicyPeer) -> Option<Peer> {
 
 /// A block that can't be read as a whole lets nobody in: without one of its exceptions it would let in too many.
 fn block_peer(block: &IPBlock) -> Option<Block> {
-    let net = |text: &String| text.parse::<IpNet>().ok().map(|net| net.trunc());
-    let except = block.except.iter().flatten().map(net).collect::<Option<_>>()?;
+    let except = block.except.iter().flatten().map(|text| net(text)).collect::<Option<_>>()?;
     Some(Block { net: net(&block.cidr)?, except })
+}
+
+/// API servers let leading zeros and bits beyond the prefix pass, and mean what stands there in decimal.
+fn net(text: &str) -> Option<IpNet> {
+    let (address, length) = text.split_once('/')?;
+    let plain = |octet: &str| match octet.trim_start_matches('0') {
+        "" => "0".to_owned(),
+        digits => digits.to_owned(),
+    };
+    let address = if address.contains(':') { address.to_owned() } else { address.split('.').map(plain).collect::<Vec<_>>().join(".") };
+    format!("{address}/{length}").parse().ok().map(|net: IpNet| net.trunc())
 }
 
 /// Sorted, without overlaps; neighbours are one run.
