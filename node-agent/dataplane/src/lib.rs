@@ -8,6 +8,7 @@ pub mod metrics;
 mod namespace;
 mod netlink;
 pub mod nftables;
+pub mod policy;
 pub mod probe;
 pub mod proxy;
 #[cfg(test)]
