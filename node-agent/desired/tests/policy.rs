@@ -407,10 +407,11 @@ fn random_rule(dice: &mut Dice) -> (Value, Box<dyn Fn(IpAddr, u16) -> bool>) {
         0 => (json!([]), Box::new(|_| true)),
         _ => (json!([{"port": first + 1, "endPort": last + 1}]), Box::new(move |port| (first + 1..=last + 1).contains(&port))),
     };
-    let net: IpNet = dice.one_of(&["10.0.0.0/8", "10.0.0.0/24", "10.0.0.0/30", "10.0.0.4/30", "10.0.0.2/32", "0.0.0.0/0"]).parse().unwrap();
+    let net: IpNet =
+        dice.one_of(&["10.0.0.0/8", "10.0.0.0/24", "10.0.0.0/30", "10.0.0.4/30", "10.0.0.2/32", "0.0.0.0/0"]).parse().expect("a block");
     let except: Vec<IpNet> = ["10.0.0.0/29", "10.0.0.2/31", "10.0.0.0/32", "10.0.0.5/32"]
         .iter()
-        .map(|text| text.parse::<IpNet>().unwrap())
+        .map(|text| text.parse::<IpNet>().expect("a block"))
         .filter(|except| net.contains(except) && net != *except && dice.below(2) == 0)
         .collect();
     let app = dice.one_of(&["a", "b"]);

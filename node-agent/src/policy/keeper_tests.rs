@@ -11,11 +11,13 @@ use outrigger_desired::policy::{Change, Pod, PolicyTable};
 use outrigger_desired::{ServiceName, Watched};
 use outrigger_network::ipam::{Ipam, Owner, Record};
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{mpsc, watch};
 
 use super::keeper::{Keeper, Open};
 use super::metrics::Metrics;
 use super::{Health, Policing};
+use crate::local::{self, Sources};
 
 #[derive(Default)]
 struct Kernel {
@@ -126,7 +128,8 @@ async fn a_pod_is_admitted_once_its_policies_are_in_the_kernel() {
     // Before the first lists nobody knows whose policies are whose, and nothing is written.
     let early = tokio::time::timeout(Duration::from_secs(5), world.admit("box", Some("ns/a"))).await;
     assert!(early.is_err() && world.kernel.lock().unwrap().tables.is_empty());
-    assert!(world.policing.reading().is_err());
+    let refused = world.policing.admit("box-eth0".into()).await;
+    assert_eq!(refused, Err("network policies have not been brought to the kernel yet".into()));
     world.listed();
     world.policing.admit("box-eth0".into()).await.unwrap();
     let pod = world.last().pods["box-eth0"].clone();
@@ -187,6 +190,33 @@ async fn what_is_let_go_leaves_the_kernel_and_another_mode_has_its_enforcer() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     assert_eq!(world.kernel.lock().unwrap().opened, [Mode::Userspace]);
+}
+
+/// The status line and the body of the agent's answer to the plugin.
+async fn post(socket: &Path, path: &str) -> (String, String) {
+    let mut stream = tokio::net::UnixStream::connect(socket).await.unwrap();
+    stream.write_all(format!("POST {path} HTTP/1.0\r\n\r\n").as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.lines().next().unwrap().to_owned(), body.to_owned())
+}
+
+#[tokio::test]
+async fn the_plugin_is_answered_at_the_agents_socket() {
+    let world = World::new();
+    world.listed();
+    attach(world.data.path(), "box", Some("ns/a"));
+    let socket = world.data.path().join("agent.sock");
+    let sources = |policing| Sources { parts: Default::default(), proxy: None, policing, watch: Default::default() };
+    local::serve(&socket, sources(Some(world.policing.clone()))).unwrap();
+    assert_eq!(post(&socket, "/attachments?admit=box-eth0").await, ("HTTP/1.0 200 OK".into(), "null".into()));
+    assert_eq!(post(&socket, "/attachments").await.0, "HTTP/1.0 200 OK");
+    let refused = ("HTTP/1.0 503 Service Unavailable".into(), "there is no interface of other-eth0 on this node".into());
+    assert_eq!(post(&socket, "/attachments?admit=other-eth0").await, refused);
+    let alone = world.data.path().join("alone.sock");
+    local::serve(&alone, sources(None)).unwrap();
+    assert_eq!(post(&alone, "/attachments?admit=box-eth0").await.0, "HTTP/1.0 404 Not Found");
 }
 
 #[tokio::test]

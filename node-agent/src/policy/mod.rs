@@ -6,6 +6,7 @@ mod metrics;
 mod keeper_tests;
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use kube::Client;
 use outrigger_cluster::peers::{self, PeerPod};
@@ -21,6 +22,9 @@ use crate::config::Run;
 use crate::forward::forward;
 use keeper::{Keeper, Request};
 use metrics::Metrics;
+
+/// How long the plugin is kept waiting; it gives up by itself a little later, without knowing why.
+const PATIENCE: Duration = Duration::from_secs(8);
 
 /// Handle to the running enforcement.
 #[derive(Clone)]
@@ -71,9 +75,12 @@ impl Policing {
     pub async fn admit(&self, key: String) -> Result<(), String> {
         let Ok(keeper) = &self.keeper else { return Ok(()) };
         let (reply, answer) = oneshot::channel();
-        let stopped = |_| "the agent is stopping".to_owned();
-        keeper.send(Request::Admit { key, reply }).map_err(|error| error.to_string())?;
-        answer.await.map_err(|error| stopped(error))?
+        let stopped = || "the agent is stopping".to_owned();
+        keeper.send(Request::Admit { key, reply }).map_err(|_| stopped())?;
+        match tokio::time::timeout(PATIENCE, answer).await {
+            Ok(answered) => answered.map_err(|_| stopped())?,
+            Err(_) => Err(self.reading().err().unwrap_or_else(|| "the kernel takes too long to take network policies".to_owned())),
+        }
     }
 
     /// Has the plugin's store read again.
