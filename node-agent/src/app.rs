@@ -19,6 +19,7 @@ use tracing::{info, warn};
 
 use crate::config::Run;
 use crate::local;
+use crate::policy::Policing;
 use crate::proxy;
 use crate::proxy::settings::Settings;
 use crate::roles::{Health, Role, Roles};
@@ -43,20 +44,31 @@ pub async fn run(options: Run) -> Result<()> {
     let (watch, _tasks) = Watch::start(&client, &node_name, extent(&roles));
     let writer = Writer::new(client.clone(), &node_name);
     let parts = Health::default();
-    let network = start_network(&options, &node_name, &roles, &watch, &parts);
     let mut proxy = None;
     if roles.has(Role::Proxy) {
         let running = proxy::start(&options, &node_name, settings, &roles, &watch, &parts).await?;
         tokio::spawn(tell_mode(running.clone(), writer.clone()));
         proxy = Some(running);
     }
-    local::serve(&local::path(&options.data_dir), local::Sources { parts: parts.clone(), proxy, watch: watch.clone() })?;
+    let policing = if roles.has(Role::Network) {
+        let kernel = proxy::kernel_config(&options, &node_name)?;
+        Some(Policing::start(&options, kernel, &watch, &client, proxy.as_ref()))
+    } else {
+        None
+    };
+    let sources = local::Sources { parts: parts.clone(), proxy, policing: policing.clone(), watch: watch.clone() };
+    local::serve(&local::path(&options.data_dir), sources)?;
+    // The plugin that it installs asks at the socket.
+    let network = start_network(&options, &node_name, &roles, &watch, &parts, policing.clone());
     if roles.has(Role::Kubelet) {
         let lookup = Lookup::new(client.clone());
         let kubelet = Kubelet::start(kubelet(&options, &node_name), watch.clone(), writer, lookup).await.context("start the kubelet")?;
         let running = kubelet.clone();
         parts.watch(Role::Kubelet, move || if running.is_running() { Ok(()) } else { Err("a part of it has ended".into()) });
-        let more_metrics = move || network.dns().map(Dns::metrics).unwrap_or_default();
+        let more_metrics = move || {
+            let names = network.dns().map(Dns::metrics).unwrap_or_default();
+            names + &policing.as_ref().map(Policing::metrics).unwrap_or_default()
+        };
         outrigger_kubelet::server::start(server(&options, &node_name, client_cas), kubelet, Reviews::new(client), more_metrics)
             .context("serve the kubelet API")?;
     }
@@ -92,6 +104,7 @@ fn extent(roles: &Roles) -> Extent {
         pods: roles.has(Role::Kubelet) || roles.has(Role::Network),
         all_nodes: roles.has(Role::Network),
         all_services: !roles.only_proxy(),
+        policies: roles.has(Role::Network),
     }
 }
 
@@ -112,13 +125,13 @@ impl PodNetwork {
     }
 }
 
-fn start_network(options: &Run, node_name: &str, roles: &Roles, watch: &Watch, parts: &Health) -> PodNetwork {
+fn start_network(options: &Run, node_name: &str, roles: &Roles, watch: &Watch, parts: &Health, policing: Option<Policing>) -> PodNetwork {
     let config = network(options, node_name, roles);
     let network = if roles.has(Role::Network) {
         let network = Network::start(config, watch);
         let readiness = network.readiness();
         parts.watch(Role::Network, move || match &*readiness.borrow() {
-            Readiness::Ready => Ok(()),
+            Readiness::Ready => policing.as_ref().map_or(Ok(()), Policing::reading),
             Readiness::NotReady(reason) => Err(reason.clone()),
         });
         PodNetwork::Whole(Box::new(network))
@@ -153,6 +166,7 @@ fn network(options: &Run, node_name: &str, roles: &Roles) -> outrigger_network::
         node_name: node_name.to_owned(),
         node_ips: options.node_ip.clone(),
         data_dir: options.data_dir.clone(),
+        agent_socket: local::path(&options.data_dir),
         cni_conf_dir: options.cni_conf_dir.clone(),
         cni_bin_dir: options.cni_bin_dir.clone(),
         cluster_cidrs: options.proxy.cluster_cidr.clone(),

@@ -1,7 +1,9 @@
 //! `outrigger-node`: everything that a node needs beside its container runtime, in one process.
 mod app;
 mod config;
+mod forward;
 mod local;
+mod policy;
 mod proxy;
 mod roles;
 

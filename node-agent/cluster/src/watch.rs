@@ -2,8 +2,9 @@
 use std::fmt::Debug;
 
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::{Node, Pod, Service};
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client};
 use outrigger_client::Decoded;
@@ -21,6 +22,8 @@ pub struct Watch {
     pub services: Mirror<Service>,
     pub endpoint_slices: Mirror<EndpointSlice>,
     pub nodes: Mirror<Node>,
+    pub namespaces: Mirror<Namespace>,
+    pub network_policies: Mirror<NetworkPolicy>,
 }
 
 /// How much of the cluster the agent's parts look at.
@@ -32,6 +35,8 @@ pub struct Extent {
     pub all_nodes: bool,
     /// All Services and their endpoints; else only those that a Service proxy serves.
     pub all_services: bool,
+    /// NetworkPolicies and the namespaces that they select; see [`crate::peers`] for the pods.
+    pub policies: bool,
 }
 
 /// What kube-proxy leaves out: Services that somebody else serves, and headless ones.
@@ -52,6 +57,10 @@ impl Watch {
         if extent.pods {
             let own = all().fields(&format!("spec.nodeName={node_name}"));
             tasks.push(tokio::spawn(follow(Api::all(client.clone()), own, watch.pods.clone())));
+        }
+        if extent.policies {
+            tasks.push(tokio::spawn(follow(Api::all(client.clone()), all(), watch.namespaces.clone())));
+            tasks.push(tokio::spawn(follow(Api::all(client.clone()), all(), watch.network_policies.clone())));
         }
         (watch, tasks)
     }

@@ -1,4 +1,11 @@
 //! What NetworkPolicies (networking.k8s.io/v1) mean for this node's pods: an inert value, without I/O.
+//!
+//! [`Policies`] takes in what is watched and keeps a [`PolicyTable`], which is all that an enforcer has to know.
+mod compile;
+mod read;
+mod selector;
+mod state;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -6,6 +13,8 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use crate::names::Protocol;
+
+pub use state::{Change, LocalPod, NamedPort, Pod, Policies};
 
 /// A run of ports of one protocol, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -123,17 +123,25 @@ pub(crate) struct HostPort {
     pub pod_ips: Box<[IpAddr]>,
 }
 
-/// The texts that thousands of objects share (port and zone names), each held once.
+/// The texts that thousands of objects share (port and zone names, labels), each held once.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Interner(HashSet<Arc<str>>);
+pub(crate) struct Interner {
+    texts: HashSet<Arc<str>>,
+    /// How many were in use when it was last looked at.
+    used: usize,
+}
 
 impl Interner {
     pub fn intern(&mut self, text: &str) -> Arc<str> {
-        if let Some(known) = self.0.get(text) {
+        if let Some(known) = self.texts.get(text) {
             return known.clone();
         }
+        if self.texts.len() > 2 * self.used + 1024 {
+            self.texts.retain(|text| Arc::strong_count(text) > 1);
+            self.used = self.texts.len();
+        }
         let text: Arc<str> = text.into();
-        self.0.insert(text.clone());
+        self.texts.insert(text.clone());
         text
     }
 }
@@ -301,6 +309,6 @@ impl State {
     }
 }
 
-fn name_of(metadata: &ObjectMeta) -> ServiceName {
+pub(crate) fn name_of(metadata: &ObjectMeta) -> ServiceName {
     ServiceName::new(metadata.namespace.as_deref().unwrap_or_default(), metadata.name.as_deref().unwrap_or_default())
 }

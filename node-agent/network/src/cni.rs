@@ -2,6 +2,7 @@
 //!
 //! Specification 1.1.0; results also in the shapes of 0.3.0 to 1.0.0, which the runtime chooses by `cniVersion`.
 //! Host ports are no business of the plugin: the data path knows them from the pods.
+mod agent;
 pub mod attach;
 pub mod message;
 
@@ -11,7 +12,7 @@ use std::path::PathBuf;
 
 use message::{Error, NetConfig, Result, Version};
 
-use crate::ipam::{self, Ipam, Owner};
+use crate::ipam::{self, Ipam, Owner, Record};
 use crate::netns;
 
 /// The name under which the agent's binary acts as the plugin, and `type` in the configuration.
@@ -30,6 +31,8 @@ struct Order {
     container_id: String,
     namespace: Option<PathBuf>,
     interface: String,
+    /// `namespace/name` of the sandbox's pod.
+    pod: Option<String>,
 }
 
 /// The plugin's `main`: returns the process's exit code.
@@ -87,6 +90,7 @@ fn read_order(environment: impl Fn(&str) -> Option<String>) -> Result<Order> {
         container_id: value("CNI_CONTAINERID").unwrap_or_default(),
         namespace: value("CNI_NETNS").map(PathBuf::from),
         interface: value("CNI_IFNAME").unwrap_or_default(),
+        pod: value("CNI_ARGS").and_then(|arguments| message::pod_name(&arguments)),
     };
     if per_interface && !message::is_container_id(&order.container_id) {
         return Err(Error::environment("invalid characters in containerID"));
@@ -120,9 +124,10 @@ fn add(order: &Order, config: &NetConfig) -> Result<serde_json::Value> {
     let owner = Owner::new(&order.container_id, &order.interface);
     let namespace = order.namespace.as_deref().ok_or_else(|| Error::environment("CNI_NETNS is missing"))?;
     let store = Ipam::new(&config.data_dir);
-    let addresses = allocate(&store, config, &owner)?;
+    let agent = config.agent()?;
+    let addresses = allocate(&store, config, &Record { owner: owner.clone(), pod: order.pod.clone() })?;
     let plan = attach::Plan::new(&owner, addresses, config.mtu);
-    if let Err(error) = attach::connect(&plan, namespace) {
+    if let Err(error) = attach::connect(&plan, namespace, || agent::admit(agent, &owner)) {
         // A half-made interface must not keep an address; the runtime sends no DEL when it dies here.
         let _ = netns::block_on(attach::delete_link(&plan.host_interface));
         let _ = store.lock().and_then(|store| store.release(&owner));
@@ -133,12 +138,12 @@ fn add(order: &Order, config: &NetConfig) -> Result<serde_json::Value> {
 
 /// When the range is used up, allocations whose interface is gone are taken back before giving up: a runtime that
 /// crashed between the two never sent DEL.
-fn allocate(store: &Ipam, config: &NetConfig, owner: &Owner) -> Result<Vec<std::net::IpAddr>> {
+fn allocate(store: &Ipam, config: &NetConfig, record: &Record) -> Result<Vec<std::net::IpAddr>> {
     let locked = store.lock()?;
-    match locked.allocate(&config.pod_cidrs, owner) {
+    match locked.allocate(&config.pod_cidrs, record) {
         Err(ipam::Error::Exhausted(_)) => {
             netns::block_on(reclaim(&locked))??;
-            Ok(locked.allocate(&config.pod_cidrs, owner)?)
+            Ok(locked.allocate(&config.pod_cidrs, record)?)
         }
         other => Ok(other?),
     }
@@ -162,6 +167,7 @@ fn delete(order: &Order, config: &NetConfig) -> Result<()> {
     let owner = Owner::new(&order.container_id, &order.interface);
     netns::block_on(attach::delete_link(&attach::host_interface(&owner)))??;
     Ipam::new(&config.data_dir).lock()?.release(&owner)?;
+    agent::tell(config);
     Ok(())
 }
 
@@ -191,6 +197,8 @@ fn collect(config: &NetConfig) -> Result<()> {
         netns::block_on(attach::delete_link(&attach::host_interface(owner)))??;
     }
     store.release_where(|owner| gone.contains(owner))?;
+    drop(store);
+    agent::tell(config);
     Ok(())
 }
 
@@ -227,6 +235,7 @@ mod tests {
             (&[("CNI_COMMAND", "DEL"), ("CNI_CONTAINERID", "../x"), ("CNI_IFNAME", "eth0")], good, 4),
             (&[("CNI_COMMAND", "DEL"), ("CNI_CONTAINERID", "abc"), ("CNI_IFNAME", "a/b")], good, 4),
             (&add, good, 50),
+            (&add, r#"{"cniVersion":"1.0.0","name":"n","type":"outrigger-cni","dataDir":"/nonexistent/x","podCIDRs":["10.0.0.0/24"]}"#, 7),
             (&[("CNI_COMMAND", "STATUS")], good, 50),
         ];
         for (command, input, code) in cases {

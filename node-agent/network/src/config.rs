@@ -15,8 +15,8 @@ const VERSION: &str = "1.0.0";
 
 /// Puts the configuration into `directory`; the runtime sees the old file or the new one, never a part.
 /// Returns whether anything changed.
-pub fn write(directory: &Path, data_dir: &Path, pod_cidrs: &[IpNet], mtu: u32) -> io::Result<bool> {
-    let text = render(data_dir, pod_cidrs, mtu);
+pub fn write(directory: &Path, data_dir: &Path, agent_socket: &Path, pod_cidrs: &[IpNet], mtu: u32) -> io::Result<bool> {
+    let text = render(data_dir, agent_socket, pod_cidrs, mtu);
     let path = directory.join(FILE_NAME);
     if fs::read_to_string(&path).is_ok_and(|current| current == text) {
         return Ok(false);
@@ -29,7 +29,7 @@ pub fn write(directory: &Path, data_dir: &Path, pod_cidrs: &[IpNet], mtu: u32) -
     Ok(true)
 }
 
-fn render(data_dir: &Path, pod_cidrs: &[IpNet], mtu: u32) -> String {
+fn render(data_dir: &Path, agent_socket: &Path, pod_cidrs: &[IpNet], mtu: u32) -> String {
     let document = json!({
         "cniVersion": VERSION,
         "name": "outrigger",
@@ -37,6 +37,7 @@ fn render(data_dir: &Path, pod_cidrs: &[IpNet], mtu: u32) -> String {
             "type": PLUGIN_NAME,
             "podCIDRs": pod_cidrs,
             "dataDir": data_dir,
+            "agentSocket": agent_socket,
             "mtu": mtu,
             // Declared so that the runtime hands them over; the data path takes host ports from the pods themselves.
             "capabilities": {"portMappings": true},
@@ -78,7 +79,8 @@ mod tests {
     #[test]
     fn writes_only_what_changed() {
         let directory = tempfile::tempdir().unwrap();
-        let write = |cidr: &str| write(directory.path(), Path::new("/var/lib/x"), &[cidr.parse().unwrap()], 1450).unwrap();
+        let socket = Path::new("/var/lib/agent.sock");
+        let write = |cidr: &str| write(directory.path(), Path::new("/var/lib/x"), socket, &[cidr.parse().unwrap()], 1450).unwrap();
         assert!(write("10.0.0.0/24"));
         assert!(!write("10.0.0.0/24"));
         assert!(write("10.0.1.0/24"));

@@ -23,13 +23,31 @@ impl Owner {
         Self { container_id: container_id.into(), interface: interface.into() }
     }
 
+    /// Names the attachment in one word.
+    pub fn key(&self) -> String {
+        format!("{}-{}", self.container_id, self.interface)
+    }
+}
+
+/// What is written down of an allocation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    pub owner: Owner,
+    /// `namespace/name`, where the runtime said whose sandbox it is. Older releases didn't note it.
+    pub pod: Option<String>,
+}
+
+impl Record {
     fn encode(&self) -> String {
-        format!("{}\n{}\n", self.container_id, self.interface)
+        let Owner { container_id, interface } = &self.owner;
+        let pod = self.pod.as_ref().map(|pod| format!("{pod}\n")).unwrap_or_default();
+        format!("{container_id}\n{interface}\n{pod}")
     }
 
     fn decode(text: &str) -> Option<Self> {
-        let (container_id, interface) = text.trim_end().split_once('\n')?;
-        Some(Self::new(container_id.trim_end(), interface))
+        let mut lines = text.lines().map(str::trim_end);
+        let owner = Owner::new(lines.next()?, lines.next()?);
+        Some(Self { owner, pod: lines.next().filter(|pod| !pod.is_empty()).map(str::to_owned) })
     }
 }
 
@@ -74,29 +92,35 @@ pub struct Locked {
 impl Locked {
     /// Every allocation, by address.
     pub fn allocations(&self) -> Result<BTreeMap<IpAddr, Owner>, Error> {
-        let mut allocations = BTreeMap::new();
+        Ok(self.records()?.into_iter().map(|(address, record)| (address, record.owner)).collect())
+    }
+
+    /// The same with all that is known of each.
+    pub fn records(&self) -> Result<BTreeMap<IpAddr, Record>, Error> {
+        let mut records = BTreeMap::new();
         let entries = fs::read_dir(&self.directory).map_err(|error| self.failed(error))?;
         for entry in entries {
             let entry = entry.map_err(|error| self.failed(error))?;
             let Some(address) = entry.file_name().to_str().and_then(parse_address) else { continue };
             let text = fs::read_to_string(entry.path()).map_err(|error| self.failed(error))?;
-            if let Some(owner) = Owner::decode(&text) {
-                allocations.insert(address, owner);
+            if let Some(record) = Record::decode(&text) {
+                records.insert(address, record);
             }
         }
-        Ok(allocations)
+        Ok(records)
     }
 
-    /// One address per range for `owner`: those that it holds already, or else free ones. Addresses go round, so
+    /// One address per range for the record's owner: those that it holds already, or else free ones. Addresses go round, so
     /// that one just released is not given to the next pod while others still have it cached.
-    pub fn allocate(&self, ranges: &[IpNet], owner: &Owner) -> Result<Vec<IpAddr>, Error> {
+    pub fn allocate(&self, ranges: &[IpNet], record: &Record) -> Result<Vec<IpAddr>, Error> {
+        let owner = &record.owner;
         let mut taken = self.allocations()?;
         let mut addresses = Vec::with_capacity(ranges.len());
         for range in ranges {
             let held = taken.iter().find(|(address, holder)| *holder == owner && range.contains(*address));
             let address = match held {
                 Some((address, _)) => *address,
-                None => self.take(*range, &taken, owner)?,
+                None => self.take(*range, &taken, record)?,
             };
             taken.insert(address, owner.clone());
             addresses.push(address);
@@ -104,11 +128,11 @@ impl Locked {
         Ok(addresses)
     }
 
-    fn take(&self, range: IpNet, taken: &BTreeMap<IpAddr, Owner>, owner: &Owner) -> Result<IpAddr, Error> {
+    fn take(&self, range: IpNet, taken: &BTreeMap<IpAddr, Owner>, record: &Record) -> Result<IpAddr, Error> {
         let last_path = self.directory.join(if range.addr().is_ipv4() { "last.v4" } else { "last.v6" });
         let last = fs::read_to_string(&last_path).ok().and_then(|text| text.trim().parse().ok());
         let address = next_free(range, last, |address| taken.contains_key(&address)).ok_or(Error::Exhausted(range))?;
-        self.write(&self.directory.join(file_name(address)), &owner.encode())?;
+        self.write(&self.directory.join(file_name(address)), &record.encode())?;
         self.write(&last_path, &address.to_string())?;
         Ok(address)
     }
@@ -235,16 +259,19 @@ mod tests {
     fn an_allocation_is_kept_until_released() {
         let directory = tempfile::tempdir().unwrap();
         let store = Ipam::new(directory.path());
-        let (one, two) = (Owner::new("aaa", "eth0"), Owner::new("bbb", "eth0"));
+        let record = |id: &str, pod: Option<&str>| Record { owner: Owner::new(id, "eth0"), pod: pod.map(str::to_owned) };
+        let (one, two) = (record("aaa", Some("ns/a")), record("bbb", None));
         let ranges = [net("10.0.0.0/24"), net("fd00::/64")];
         let first = store.lock().unwrap().allocate(&ranges, &one).unwrap();
         assert_eq!(first, ["10.0.0.1".parse::<IpAddr>().unwrap(), "fd00::1".parse().unwrap()]);
         assert_eq!(store.lock().unwrap().allocate(&ranges, &one).unwrap(), first, "asking again gives the same");
         let second = store.lock().unwrap().allocate(&ranges[..1], &two).unwrap();
         assert_eq!(second, ["10.0.0.2".parse::<IpAddr>().unwrap()]);
-        assert_eq!(store.lock().unwrap().release(&one).unwrap(), first);
-        assert_eq!(store.lock().unwrap().release(&one).unwrap(), Vec::<IpAddr>::new());
-        assert_eq!(store.lock().unwrap().allocations().unwrap(), BTreeMap::from([(second[0], two)]));
+        let records = store.lock().unwrap().records().unwrap();
+        assert_eq!((&records[&first[0]], &records[&second[0]]), (&one, &two));
+        assert_eq!(store.lock().unwrap().release(&one.owner).unwrap(), first);
+        assert_eq!(store.lock().unwrap().release(&one.owner).unwrap(), Vec::<IpAddr>::new());
+        assert_eq!(store.lock().unwrap().allocations().unwrap(), BTreeMap::from([(second[0], two.owner)]));
     }
 
     #[test]
@@ -252,10 +279,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let store = Ipam::new(directory.path());
         let range = [net("10.0.0.0/30")];
+        let record = |id: &str| Record { owner: Owner::new(id, "eth0"), pod: None };
         for id in ["a", "b"] {
-            store.lock().unwrap().allocate(&range, &Owner::new(id, "eth0")).unwrap();
+            store.lock().unwrap().allocate(&range, &record(id)).unwrap();
         }
-        let error = store.lock().unwrap().allocate(&range, &Owner::new("c", "eth0")).unwrap_err();
+        let error = store.lock().unwrap().allocate(&range, &record("c")).unwrap_err();
         assert_eq!(error.to_string(), "no addresses available in range 10.0.0.0/30");
     }
 }

@@ -13,9 +13,9 @@ pub mod netns;
 pub mod routes;
 pub mod topology;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -37,6 +37,8 @@ pub struct Config {
     pub node_ips: Vec<IpAddr>,
     /// The plugin keeps its allocations below it.
     pub data_dir: PathBuf,
+    /// Where the plugin asks the running agent to admit a pod.
+    pub agent_socket: PathBuf,
     /// Where the runtime looks for CNI configurations (`/etc/cni/net.d`).
     pub cni_conf_dir: PathBuf,
     /// Where the runtime looks for CNI plugins (`/opt/cni/bin`): `outrigger-cni` there is made to lead to this binary.
@@ -84,7 +86,7 @@ impl Network {
 
     /// Frees the addresses of sandboxes that are not in `alive` (by the runtime's sandbox id).
     pub fn collect_garbage(&self, alive: &HashSet<String>) -> Result<usize, ipam::Error> {
-        let store = ipam::Ipam::new(ipam_dir(&self.config)).lock()?;
+        let store = ipam::Ipam::new(ipam_dir(&self.config.data_dir)).lock()?;
         Ok(store.release_where(|owner| !alive.contains(&owner.container_id))?.len())
     }
 
@@ -96,8 +98,34 @@ impl Network {
     }
 }
 
-fn ipam_dir(config: &Config) -> PathBuf {
-    config.data_dir.join("network")
+fn ipam_dir(data_dir: &Path) -> PathBuf {
+    data_dir.join("network")
+}
+
+/// One sandbox's link to this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    /// The runtime's id of the sandbox and the interface in it, as [`ipam::Owner::key`] has them.
+    pub key: String,
+    /// `namespace/name`, where it was noted.
+    pub pod: Option<String>,
+    pub addresses: Vec<IpAddr>,
+    pub host_interface: String,
+}
+
+/// All that the plugin has attached and not let go yet, from its store: the agent needs nobody else to know them.
+pub fn attachments(data_dir: &Path) -> Result<Vec<Attachment>, ipam::Error> {
+    let mut found: BTreeMap<ipam::Owner, Attachment> = BTreeMap::new();
+    for (address, record) in ipam::Ipam::new(ipam_dir(data_dir)).lock()?.records()? {
+        let new = || Attachment {
+            key: record.owner.key(),
+            pod: record.pod.clone(),
+            addresses: Vec::new(),
+            host_interface: cni::attach::host_interface(&record.owner),
+        };
+        found.entry(record.owner.clone()).or_insert_with(new).addresses.push(address);
+    }
+    Ok(found.into_values().collect())
 }
 
 /// The task that brings the CNI configuration, routes and masquerade to what the nodes say.
@@ -174,10 +202,11 @@ impl Keeper {
     async fn write_config(&self, own_cidrs: &[IpNet]) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         config::install_plugin(&self.config.cni_bin_dir, &std::env::current_exe()?)?;
         let mtu = routes::uplink_mtu(&self.config.node_ips).await?;
-        let changed = config::write(&self.config.cni_conf_dir, &ipam_dir(&self.config), own_cidrs, mtu)?;
+        let changed =
+            config::write(&self.config.cni_conf_dir, &ipam_dir(&self.config.data_dir), &self.config.agent_socket, own_cidrs, mtu)?;
         if self.readiness.send_if_modified(|state| replace(state, Readiness::Ready)) {
             info!(?own_cidrs, mtu, changed, "pod network ready");
-            let store = ipam::Ipam::new(ipam_dir(&self.config)).lock()?;
+            let store = ipam::Ipam::new(ipam_dir(&self.config.data_dir)).lock()?;
             let freed = cni::reclaim(&store).await?;
             if freed > 0 {
                 info!(addresses = freed, "addresses of vanished pods freed");

@@ -2,10 +2,13 @@
 //! Needs root, as the plugin does.
 #![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use outrigger_network::{cni, masquerade, netns, routes};
@@ -52,23 +55,57 @@ fn link(one: &Namespace, other: &Namespace, names: [&str; 2], addresses: [&str; 
     }
 }
 
+/// A node whose agent answers the plugin as it is told to.
 struct Node {
     namespace: Namespace,
     data: tempfile::TempDir,
     cidrs: Vec<String>,
+    agent: Arc<Mutex<Agent>>,
+}
+
+#[derive(Default)]
+struct Agent {
+    asked: Vec<String>,
+    refusal: Option<&'static str>,
+    /// The attachments that stood in the store when the last question came.
+    seen: Vec<outrigger_network::Attachment>,
+}
+
+fn run_agent(data: &Path, agent: Arc<Mutex<Agent>>) {
+    let (listener, data) = (UnixListener::bind(data.join("agent.sock")).unwrap(), data.to_owned());
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut line = String::new();
+            BufReader::new(&stream).read_line(&mut line).unwrap();
+            let mut agent = agent.lock().unwrap();
+            agent.asked.push(line.split(' ').nth(1).unwrap().to_owned());
+            agent.seen = outrigger_network::attachments(&data).unwrap();
+            let answer = match agent.refusal {
+                None => "HTTP/1.0 200 OK\r\n\r\nnull".to_owned(),
+                Some(reason) => format!("HTTP/1.0 503 Service Unavailable\r\n\r\n{reason}"),
+            };
+            // DEL doesn't wait for the answer to be read.
+            let _ = stream.write_all(answer.as_bytes());
+        }
+    });
 }
 
 impl Node {
     fn new(cidrs: &[&str]) -> Self {
-        Self {
+        let node = Self {
             namespace: Namespace::new(),
             data: tempfile::tempdir().unwrap(),
             cidrs: cidrs.iter().map(|cidr| (*cidr).to_owned()).collect(),
-        }
+            agent: Arc::default(),
+        };
+        run_agent(node.data.path(), node.agent.clone());
+        node
     }
 
     fn cni(&self, command: &str, id: &str, pod: &Namespace, more: Value) -> Value {
-        let mut config = json!({"cniVersion": "1.0.0", "name": "outrigger", "type": "outrigger-cni", "dataDir": self.data.path(), "podCIDRs": self.cidrs, "mtu": 1450});
+        let mut config = json!({"cniVersion": "1.0.0", "name": "outrigger", "type": "outrigger-cni", "dataDir": self.data.path().join("network"),
+            "agentSocket": self.data.path().join("agent.sock"), "podCIDRs": self.cidrs, "mtu": 1450});
         config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         let input = config.to_string();
         let path = pod.path();
@@ -78,6 +115,7 @@ impl Node {
                 "CNI_CONTAINERID" => id,
                 "CNI_NETNS" => &path,
                 "CNI_IFNAME" => "eth0",
+                "CNI_ARGS" => "IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=web",
                 _ => return None,
             };
             Some(value.to_owned())
@@ -206,6 +244,34 @@ fn a_repeated_add_keeps_the_address_and_gc_frees_the_rest() {
     assert_eq!(node.cni("CHECK", "a", &again, json!({}))["code"], 101);
     assert_eq!(node.cni("CHECK", "b", &pod_b, json!({})), Value::Null);
     assert_eq!(node.namespace.shell("ip", "-o link show type veth").lines().count(), 1);
+}
+
+#[test]
+fn a_pod_has_no_network_before_the_agent_admits_it() {
+    let node = Node::new(&["10.244.1.0/24", "fd00:1::/64"]);
+    let pod = Namespace::new();
+    node.agent.lock().unwrap().refusal = Some("the kernel is busy");
+    let refused = node.cni("ADD", "a", &pod, json!({}));
+    let message = "the node agent hasn't admitted the pod to the network: the kernel is busy";
+    assert_eq!((&refused["code"], &refused["msg"]), (&json!(11), &json!(message)));
+    assert!(outrigger_network::attachments(node.data.path()).unwrap().is_empty(), "nothing stays of it");
+    assert_eq!(node.namespace.shell("ip", "-o link show type veth"), "");
+    {
+        let agent = node.agent.lock().unwrap();
+        let [seen] = &agent.seen[..] else { panic!("{:?}", agent.seen) };
+        assert_eq!((seen.key.as_str(), seen.pod.as_deref(), seen.addresses.len()), ("a-eth0", Some("ns/web"), 2));
+    }
+    node.agent.lock().unwrap().refusal = None;
+    assert_eq!(node.cni("ADD", "a", &pod, json!({}))["code"], Value::Null);
+    assert_eq!(node.cni("DEL", "a", &pod, json!({})), Value::Null);
+    let agent = node.agent.lock().unwrap();
+    assert_eq!(agent.asked, ["/attachments?admit=a-eth0", "/attachments?admit=a-eth0", "/attachments"]);
+    assert!(agent.seen.is_empty());
+    drop(agent);
+    let nobody = json!({"agentSocket": "/nonexistent/agent.sock"});
+    let refused = node.cni("ADD", "a", &pod, nobody.clone());
+    assert_eq!(refused["code"], 11, "{refused}");
+    assert_eq!(node.cni("DEL", "a", &pod, nobody), Value::Null, "DEL needs nobody");
 }
 
 #[test]

@@ -134,6 +134,9 @@ pub fn status(socket: &Socket) -> Result<()> {
         if !answer["proxy"].is_null() {
             say!("Services by {} ({})", text(&answer["proxy"], "mode"), text(&answer["proxy"], "reason"));
         }
+        if answer["networkPolicies"]["enforced"] == false {
+            say!("NetworkPolicies are not enforced: {}", text(&answer["networkPolicies"], "reason"));
+        }
     });
     ensure!(parts.values().all(|part| part["healthy"] == true), "not every part is healthy");
     Ok(())

@@ -21,12 +21,14 @@ use serde_json::{Value, json};
 use tokio::net::UnixListener;
 
 use super::sight;
+use crate::policy::Policing;
 use crate::roles::Health;
 
 #[derive(Clone)]
 pub struct Sources {
     pub parts: Health,
     pub proxy: Option<ProxyHandle>,
+    pub policing: Option<Policing>,
     pub watch: Watch,
 }
 
@@ -65,6 +67,7 @@ pub fn serve(path: &Path, sources: Sources) -> Result<()> {
     let router = Router::new()
         .route("/status", get(status))
         .route("/mode", post(mode))
+        .route("/attachments", post(attachments))
         .route("/services", get(services))
         .route("/trace", get(trace))
         .route("/monitor", get(monitor))
@@ -85,7 +88,25 @@ async fn status(State(sources): State<Sources>) -> Json<Value> {
         let choice = proxy.choice();
         json!({"mode": choice.mode.to_string(), "reason": choice.reason})
     });
-    Json(json!({"parts": parts, "proxy": proxy}))
+    let policies = sources.policing.as_ref().map(|policing| json!({"enforced": policing.off().is_none(), "reason": policing.off()}));
+    Json(json!({"parts": parts, "proxy": proxy, "networkPolicies": policies}))
+}
+
+#[derive(Deserialize)]
+struct Attachments {
+    /// The one that waits to be let in.
+    admit: Option<String>,
+}
+
+/// The CNI plugin's word that it has attached a pod, or let go of one.
+async fn attachments(State(sources): State<Sources>, Query(Attachments { admit }): Query<Attachments>) -> Answer {
+    let nobody = || Refusal(StatusCode::NOT_FOUND, "this agent gives pods no network".into());
+    let policing = sources.policing.as_ref().ok_or_else(nobody)?;
+    match admit {
+        Some(key) => policing.admit(key).await.map_err(|reason| Refusal(StatusCode::SERVICE_UNAVAILABLE, reason))?,
+        None => policing.attachments_changed(),
+    }
+    Ok(Json(Value::Null))
 }
 
 #[derive(Deserialize)]

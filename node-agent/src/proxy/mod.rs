@@ -15,14 +15,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Node;
+use outrigger_cluster::Key;
 use outrigger_cluster::watch::Watch;
-use outrigger_cluster::{Delta, Key, Object, Subscription};
 use outrigger_dataplane::{Config, Mode, Parting, Proxy, ProxyHandle, probe};
 use outrigger_desired::{Change, Watched};
 use tokio::sync::mpsc;
 use tracing::warn;
 
 use crate::config::Run;
+use crate::forward::forward;
 use crate::roles::{Health, Role, Roles};
 use settings::{Conntrack, DetectLocal, NodePorts, Settings};
 
@@ -116,7 +117,7 @@ async fn config(options: &Run, node_name: &str, settings: &Settings, watch: &Wat
 }
 
 /// Where this node's things are in places of the kernel that nodes share.
-fn kernel_config(options: &Run, node_name: &str) -> Result<Config> {
+pub fn kernel_config(options: &Run, node_name: &str) -> Result<Config> {
     // Several agents of one kernel (a lab's nodes) must not meet in names that the kernel shares.
     let instance = node_name.to_owned();
     Ok(Config {
@@ -198,21 +199,6 @@ fn sysctls(conntrack: &Conntrack, cpus: u32) -> Vec<(PathBuf, String)> {
     ];
     let path = |name: &str| PathBuf::from(format!("/proc/sys/net/netfilter/nf_conntrack_{name}"));
     all.into_iter().filter_map(|(name, value)| Some((path(name), value?))).collect()
-}
-
-fn forward<K: Object>(mut from: Subscription<K>, to: mpsc::UnboundedSender<Change>, wrap: fn(Watched<K>) -> Change) {
-    tokio::spawn(async move {
-        while let Some(delta) = from.recv().await {
-            let watched = match delta {
-                Delta::Replaced(all) => Watched::Replaced(all),
-                Delta::Applied(object) => Watched::Applied(object),
-                Delta::Deleted(object) => Watched::Deleted(object),
-            };
-            if to.send(wrap(watched)).is_err() {
-                return;
-            }
-        }
-    });
 }
 
 #[cfg(test)]

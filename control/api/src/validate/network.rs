@@ -73,26 +73,37 @@ fn network_policy(spec: &Place<'_>, found: &mut Findings) {
     let kinds = spec.at("policyTypes");
     if kinds.len() > 2 {
         found.push(kinds.invalid("may not specify more than two policyTypes"));
+        return;
     }
-    kinds.items().for_each(|kind| kind.one_of_if_set(found, &["Ingress", "Egress"]));
+    kinds.items().for_each(|kind| supported(&kind, found, &["Ingress", "Egress"]));
+}
+
+/// One of the words; an empty text is none of them.
+fn supported(place: &Place<'_>, found: &mut Findings, words: &[&str]) {
+    if !words.contains(&place.text()) {
+        found.push(place.unsupported(words));
+    }
 }
 
 fn policy_port(port: &Place<'_>, found: &mut Findings) {
-    port.at("protocol").one_of_if_set(found, &["TCP", "UDP", "SCTP"]);
-    let (start, end) = (port.at("port"), port.at("endPort"));
+    let (protocol, start, end) = (port.at("protocol"), port.at("port"), port.at("endPort"));
+    if protocol.is_set() {
+        supported(&protocol, found, &["TCP", "UDP", "SCTP"]);
+    }
+    let is_number = start.integer().is_some();
+    if end.is_set() && !is_number {
+        let without = if start.is_set() { "non-numeric" } else { "not specified" };
+        found.push(end.invalid(format!("may not be specified when `port` is {without}")));
+    }
     if start.is_set() {
         start.port(found);
     }
-    if !end.is_set() {
-        return;
-    }
-    end.in_range(found, 1, 65535);
-    if !start.is_set() {
-        found.push(end.invalid("may not be specified when `port` is not specified"));
-    } else if start.integer().is_none() {
-        found.push(end.invalid("may not be specified when `port` is non-numeric"));
-    } else if end.number() < start.number() {
-        found.push(end.invalid("must be greater than or equal to `port`"));
+    if end.is_set() && is_number {
+        if end.number() < start.number() {
+            // The finding shows the port, as upstream's does.
+            found.push(FieldError::invalid(end.path.clone(), start.value.clone(), "must be greater than or equal to `port`"));
+        }
+        end.in_range(found, 1, 65535);
     }
 }
 
@@ -100,6 +111,9 @@ fn policy_peer(peer: &Place<'_>, found: &mut Findings) {
     let (pods, namespaces, block) = (peer.at("podSelector"), peer.at("namespaceSelector"), peer.at("ipBlock"));
     label_selector(&pods, found);
     label_selector(&namespaces, found);
+    if block.is_set() {
+        ip_block(&block, found);
+    }
     let selects = pods.is_set() || namespaces.is_set();
     if !selects && !block.is_set() {
         found.push(peer.required("must specify a peer"));
@@ -107,19 +121,18 @@ fn policy_peer(peer: &Place<'_>, found: &mut Findings) {
     if selects && block.is_set() {
         found.push(peer.forbidden("may not specify both ipBlock and another peer"));
     }
-    if !block.is_set() {
-        return;
-    }
+}
+
+fn ip_block(block: &Place<'_>, found: &mut Findings) {
     let whole = block.at("cidr");
     if !whole.require(found) {
         return;
     }
     cidr(&whole, found);
+    let Some(outer) = parse_cidr(whole.text()) else { return };
     for except in block.at("except").items() {
         cidr(&except, found);
-        if let (Some(inner), Some(outer)) = (parse_cidr(except.text()), parse_cidr(whole.text()))
-            && !is_strict_subset(inner, outer)
-        {
+        if parse_cidr(except.text()).is_some_and(|inner| !is_strict_subset(inner, outer)) {
             found.push(except.invalid("must be a strict subset of `cidr`"));
         }
     }

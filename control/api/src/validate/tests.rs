@@ -139,7 +139,7 @@ fn good_objects_pass() {
 
 #[test]
 fn bad_objects_are_explained() {
-    let cases: [(&str, &str, Value, &[&str]); 28] = [
+    let cases: [(&str, &str, Value, &[&str]); 30] = [
         ("", "Pod", json!({"spec": {"containers": []}}), &["spec.containers: Required value"]),
         (
             "",
@@ -274,6 +274,40 @@ fn bad_objects_are_explained() {
             "NetworkPolicy",
             json!({"spec": {"ingress": [{"from": [{}]}]}}),
             &["spec.ingress[0].from[0]: Required value: must specify a peer"],
+        ),
+        (
+            "networking.k8s.io",
+            "NetworkPolicy",
+            json!({"spec": {"policyTypes": ["Ingress", "egress"], "ingress": [{"ports": [
+                {"port": 80, "endPort": 79}, {"port": "web", "endPort": 80}, {"endPort": 80}, {"protocol": "ICMP"}, {"port": 0}, {"port": "-"},
+                {"port": 70, "endPort": 65536}]}]}}),
+            &[
+                "spec.ingress[0].ports[0].endPort: Invalid value: 80: must be greater than or equal to `port`",
+                "spec.ingress[0].ports[1].endPort: Invalid value: 80: may not be specified when `port` is non-numeric",
+                "spec.ingress[0].ports[2].endPort: Invalid value: 80: may not be specified when `port` is not specified",
+                "spec.ingress[0].ports[3].protocol: Unsupported value: \"ICMP\": supported values: \"TCP\", \"UDP\", \"SCTP\"",
+                "spec.ingress[0].ports[4].port: Invalid value: 0: must be between 1 and 65535, inclusive",
+                "spec.ingress[0].ports[5].port: Invalid value: \"-\": must contain at least one letter (a-z)",
+                "spec.ingress[0].ports[5].port: Invalid value: \"-\": must not begin or end with a hyphen",
+                "spec.ingress[0].ports[6].endPort: Invalid value: 65536: must be between 1 and 65535, inclusive",
+                "spec.policyTypes[1]: Unsupported value: \"egress\": supported values: \"Ingress\", \"Egress\"",
+            ],
+        ),
+        (
+            "networking.k8s.io",
+            "NetworkPolicy",
+            json!({"spec": {"egress": [{"to": [
+                {"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.0.0.0/8", "11.0.0.0/16", "10.1.0.0/33"]}},
+                {"ipBlock": {}}, {"ipBlock": {"cidr": "10.0.0.0"}},
+                {"ipBlock": {"cidr": "10.0.0.0/8"}, "podSelector": {}}]}]}}),
+            &[
+                "spec.egress[0].to[0].ipBlock.except[0]: Invalid value: \"10.0.0.0/8\": must be a strict subset of `cidr`",
+                "spec.egress[0].to[0].ipBlock.except[1]: Invalid value: \"11.0.0.0/16\": must be a strict subset of `cidr`",
+                "spec.egress[0].to[0].ipBlock.except[2]: Invalid value: \"10.1.0.0/33\": must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)",
+                "spec.egress[0].to[1].ipBlock.cidr: Required value",
+                "spec.egress[0].to[2].ipBlock.cidr: Invalid value: \"10.0.0.0\": must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)",
+                "spec.egress[0].to[3]: Forbidden: may not specify both ipBlock and another peer",
+            ],
         ),
         (
             "policy",

@@ -98,13 +98,14 @@ pub fn netlink() -> Result<Handle> {
     Ok(handle)
 }
 
-/// Makes the pair and sets both ends up.
-pub fn connect(plan: &Plan, namespace: &Path) -> Result<()> {
+/// Makes the pair and sets both ends up. Nothing passes before the host's end is up, and that waits for `admit`.
+pub fn connect(plan: &Plan, namespace: &Path, admit: impl FnOnce() -> Result<()>) -> Result<()> {
     let namespace = File::open(namespace).map_err(|error| {
         Error::new(message::INVALID_ENVIRONMENT, format!("failed to open netns {:?}: {error}", namespace.display()), "")
     })?;
     netns::block_on(make_pair(plan, &namespace))??;
     netns::within_file(&namespace, || netns::block_on(set_up_pod_end(plan)))??;
+    admit()?;
     netns::block_on(set_up_host_end(plan))??;
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! CNI's documents: the network configuration, results and errors, in every supported version of the specification.
 use std::fmt;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -116,6 +116,7 @@ pub struct NetConfig {
     pub is_loopback: bool,
     pub pod_cidrs: Vec<IpNet>,
     pub data_dir: PathBuf,
+    agent_socket: Option<PathBuf>,
     pub mtu: u32,
     pub previous: Option<Previous>,
     pub valid_attachments: Vec<Owner>,
@@ -134,6 +135,7 @@ struct RawConfig {
     pod_cidrs: Vec<IpNet>,
     #[serde(default)]
     data_dir: PathBuf,
+    agent_socket: Option<PathBuf>,
     #[serde(default)]
     mtu: u32,
     prev_result: Option<Previous>,
@@ -169,10 +171,18 @@ impl NetConfig {
             is_loopback,
             pod_cidrs: raw.pod_cidrs,
             data_dir: raw.data_dir,
+            agent_socket: raw.agent_socket,
             mtu: raw.mtu,
             previous: raw.prev_result,
             valid_attachments: raw.valid_attachments.into_iter().map(|one| Owner::new(one.container_id, one.ifname)).collect(),
         })
+    }
+}
+
+impl NetConfig {
+    /// Where the running agent answers.
+    pub fn agent(&self) -> Result<&Path> {
+        self.agent_socket.as_deref().ok_or_else(|| Error::new(INVALID_CONFIG, "missing agentSocket", ""))
     }
 }
 
@@ -255,6 +265,14 @@ pub fn result(version: Version, interfaces: &[Interface<'_>], addresses: &[(IpNe
     json!({"cniVersion": version.as_str(), "interfaces": interfaces, "ips": ips, "routes": routes, "dns": {}})
 }
 
+/// `namespace/name` from CNI_ARGS (`K8S_POD_NAMESPACE=…;K8S_POD_NAME=…`), which Kubernetes' runtimes give.
+pub fn pod_name(arguments: &str) -> Option<String> {
+    let value = |name: &str| arguments.split(';').filter_map(|pair| pair.split_once('=')).find(|(key, _)| *key == name);
+    let ((_, namespace), (_, pod)) = (value("K8S_POD_NAMESPACE")?, value("K8S_POD_NAME")?);
+    let is_name = |text: &str| !text.is_empty() && !text.contains(|character: char| character == '/' || character.is_whitespace());
+    (is_name(namespace) && is_name(pod)).then(|| format!("{namespace}/{pod}"))
+}
+
 /// As libcni checks it: a letter or digit first, then also `_`, `.` and `-`.
 pub fn is_container_id(text: &str) -> bool {
     text.starts_with(|first: char| first.is_ascii_alphanumeric())
@@ -295,6 +313,19 @@ mod tests {
         let old = result(Version::parse("0.4.0").unwrap(), &interfaces("/ns"), &addresses);
         assert_eq!(old["ips"][0]["version"], "4");
         assert_eq!(old["interfaces"][1], json!({"name": "eth0", "mac": "bb", "sandbox": "/ns"}));
+    }
+
+    #[test]
+    fn arguments_name_the_pod() {
+        for (arguments, expected) in [
+            ("IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=web-0;K8S_POD_UID=x", Some("ns/web-0")),
+            ("K8S_POD_NAME=web-0", None),
+            ("K8S_POD_NAMESPACE=ns;K8S_POD_NAME=", None),
+            ("K8S_POD_NAMESPACE=ns;K8S_POD_NAME=a\nb", None),
+            ("", None),
+        ] {
+            assert_eq!(pod_name(arguments).as_deref(), expected, "{arguments:?}");
+        }
     }
 
     #[test]
