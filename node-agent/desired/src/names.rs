@@ -65,7 +65,7 @@ pub struct ServiceName(Arc<str>);
 
 impl ServiceName {
     pub fn new(namespace: &str, name: &str) -> Self {
-        Self(format!("{namespace}/{name}").into())
+        Self([namespace, "/", name].concat().into())
     }
 
     pub fn as_str(&self) -> &str {
