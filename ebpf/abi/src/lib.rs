@@ -8,13 +8,19 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Bumped when a layout or a meaning changes: pinned maps of another version aren't adopted.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Stands in the object that the programs are built to, so that an agent knows an object of another version.
-pub const MARKER: [u8; 16] = *b"outrigger-abi-3\0";
+pub const MARKER: [u8; 16] = *b"outrigger-abi-4\0";
 
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
 pub const SCTP: u8 = 132;
+
+/// Elements in each page of `slots` and of `counters`: arrays that grow by the page, so what is in them stays where it is.
+pub const SLOTS_PER_PAGE: u32 = 1 << 14;
+pub const COUNTERS_PER_PAGE: u32 = 1 << 12;
+/// Pages that there can be of each.
+pub const PAGES: u32 = 256;
 
 /// An address of either family, as it lies in memory on the wire.
 #[repr(C)]
@@ -193,7 +199,7 @@ pub mod frontend_flags {
     pub const NODE_REFUSED: u32 = 1 << 7;
 }
 
-/// Element of the array `slots`: one backend of one set.
+/// Element of the paged array `slots`: one backend of one set.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Slot {
@@ -403,7 +409,7 @@ pub struct Uplink {
     pub v6: Addr,
 }
 
-/// Element of the per-CPU array `counters`, by Service port.
+/// Element of the paged per-CPU array `counters`, by Service port.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {

@@ -81,6 +81,9 @@ impl Tables for Fake {
     fn remember(&self, key: &AffinityKey, affinity: &Affinity) {
         self.affinity.borrow_mut().insert(*key, *affinity);
     }
+    fn search(&self, range: Range, wanted: (u64, u64, u16)) -> u32 {
+        crate::service::search(self, range, wanted)
+    }
     fn random(&self) -> u32 {
         self.random.get()
     }

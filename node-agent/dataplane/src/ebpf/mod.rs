@@ -13,13 +13,14 @@ mod sockets;
 mod sweep;
 mod sys;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use foldhash::{HashMap, HashSet};
 use ipnet::IpNet;
 use outrigger_abi as abi;
 use outrigger_desired::{self as desired, Delta, Entry, Family, Frontend, Protocol, ServicePortName, Table};
@@ -30,38 +31,31 @@ use crate::namespace::{self, Address, Changes, Namespace};
 use attach::{Interface, Pins};
 use load::{Programs, Sizes};
 use maps::{Shared, Tables};
-use plan::{Batch, Layout};
+use plan::Layout;
 use sweep::Sweep;
 
 /// How often the kernel is asked whether the node's interfaces or addresses changed.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The first feature that this kernel or build lacks, or `None` when eBPF can carry Service traffic here.
-pub fn missing(config: &Config) -> Option<String> {
-    if let Some(reason) = load::unusable() {
-        return Some(reason.into());
-    }
-    let tried = attach::open_cgroup(&config.cgroup2_path)
-        .map(drop)
-        .and_then(|()| Pins::mount(&config.pin_dir))
-        .and_then(|()| namespace::cookie().map(drop).map_err(|error| BackendError::kernel("read the network namespace's cookie", error)))
-        .and_then(|()| Programs::try_load())
-        .and_then(|programs| attach::programs().try_for_each(|name| programs.program(&name).map(drop)));
-    tried.err().map(|error| error.to_string())
-}
-
 /// Whether programs in place have frontends to lead to.
 pub fn is_left(config: &Config) -> bool {
-    let tables = Pins::at(&config.pin_dir).tables();
-    tables.join("frontends").exists()
-        && Tables::open(&tables).and_then(|tables| tables.frontends.entries()).is_ok_and(|frontends| !frontends.is_empty())
+    Tables::open(&Pins::at(&config.pin_dir).maps())
+        .and_then(|tables| tables.frontends.entries())
+        .is_ok_and(|frontends| !frontends.is_empty())
 }
 
+/// Opening is the probe: the kernel has to take all programs.
 pub fn open(config: &Config) -> Result<Box<dyn Backend>> {
-    if let Some(reason) = load::unusable() {
-        return Err(BackendError::Unsupported { mode: Mode::Ebpf, missing: reason.into() });
+    if let Some(missing) = load::unusable() {
+        return Err(BackendError::Unsupported { mode: Mode::Ebpf, missing: missing.into() });
     }
-    Ok(Box::new(Ebpf::open(config)?))
+    let is_first = !Pins::at(&config.pin_dir).maps().exists();
+    let opened = Ebpf::open(config);
+    if opened.is_err() && is_first {
+        // A kernel that can't use them keeps none of the maps. What can't be taken away says less than why eBPF can't be used.
+        let _ = Pins::at(&config.pin_dir).remove_maps();
+    }
+    Ok(Box::new(opened?))
 }
 
 struct Ebpf {
@@ -73,11 +67,12 @@ struct Ebpf {
     cluster_cidrs: Vec<IpNet>,
     pod_interfaces: Option<PodInterfaces>,
     node: Namespace,
-    host_namespace: u64,
     programs: Programs,
     tables: Tables,
     shared: Shared,
     layout: Layout,
+    /// The layout is what the maps hold.
+    known: bool,
     /// Some Service port has source ranges.
     narrowed: bool,
     /// The programs of this agent are in place.
@@ -96,9 +91,9 @@ impl Ebpf {
         let host_namespace = namespace::cookie().map_err(|error| BackendError::kernel("read the network namespace's cookie", error))?;
         let watch = |error| BackendError::kernel("watch the node's interfaces", error);
         let changes = node.run(Changes::open).map_err(watch)?.map_err(watch)?;
-        let programs = Programs::load(&pins.tables(), &pins.shared(), &Sizes::INITIAL, host_namespace)?;
-        let tables = Tables::open(&pins.tables())?;
-        let shared = Shared::open(&pins.shared())?;
+        let programs = Programs::load(&pins.maps(), host_namespace)?;
+        let tables = Tables::prepare(&pins.maps(), &Sizes::INITIAL)?;
+        let shared = Shared::open(&pins.maps())?;
         Ok(Self {
             cgroup_path: config.cgroup2_path.clone(),
             cgroup,
@@ -108,11 +103,11 @@ impl Ebpf {
             cluster_cidrs: config.cluster_cidrs.clone(),
             pod_interfaces: config.pod_interfaces.clone(),
             node,
-            host_namespace,
             programs,
             tables,
             shared,
             layout: Layout::default(),
+            known: false,
             narrowed: false,
             attached: false,
             attached_to: Vec::new(),
@@ -121,28 +116,20 @@ impl Ebpf {
         })
     }
 
-    fn sizes(&self) -> Sizes {
-        Sizes { frontends: self.tables.frontends.capacity, slots: self.tables.slots.capacity, services: self.tables.counters.capacity }
-    }
-
     fn apply_now(&mut self, table: &Table, delta: &Delta) -> Result<Applied> {
-        if delta.full {
+        if !std::mem::take(&mut self.known) {
             // The mirror may be wrong after a failure; the kernel isn't.
             self.layout = restore::read(&self.tables)?;
         }
         let batch = self.layout.apply(table, delta, &self.node_ips);
         let (upserted, removed) = (batch.puts.len(), batch.deletes.len());
         self.update_source_ranges(table, delta)?;
-        if self.sizes().hold(&self.layout.needed()) {
-            write(&self.tables, &batch)?;
-            if delta.full {
-                self.tables.cluster_ips.settle(self.layout.cluster_ips())?;
-            }
-            if !self.attached {
-                attach::attach_cgroup(&self.programs, &self.cgroup, &self.pins)?;
-            }
-        } else {
-            self.grow()?;
+        let exact = self.tables.write(&batch, &self.layout)?;
+        if delta.full && !exact {
+            self.tables.cluster_ips.settle(self.layout.cluster_ips())?;
+        }
+        if !self.attached {
+            attach::attach_cgroup(&self.programs, &self.cgroup, &self.pins)?;
         }
         if delta.full || self.changes.any() {
             self.update_addresses()?;
@@ -151,6 +138,7 @@ impl Ebpf {
             self.pins.remove_other_versions()?;
             self.attached = true;
         }
+        self.known = true;
         let ended = self.end(table, delta);
         Ok(Applied { upserted, removed, ended })
     }
@@ -163,23 +151,6 @@ impl Ebpf {
             self.narrowed = !ranges.is_empty();
             self.shared.source_ranges.settle(ranges)?;
         }
-        Ok(())
-    }
-
-    /// Fills larger maps beside those in use and turns the programs to them; readers see one or the other, each whole.
-    fn grow(&mut self) -> Result<()> {
-        let sizes = self.sizes().grown(&self.layout.needed());
-        tracing::info!(frontends = sizes.frontends, backends = sizes.slots, services = sizes.services, "eBPF maps grow");
-        let folder = self.pins.begin_next_tables()?;
-        let programs = Programs::load(&folder, &self.pins.shared(), &sizes, self.host_namespace)?;
-        let tables = Tables::open(&folder)?;
-        write(&tables, &self.layout.dump())?;
-        attach::attach_cgroup(&programs, &self.cgroup, &self.pins)?;
-        self.programs = programs;
-        self.attached_to.clear();
-        self.update_addresses()?;
-        self.pins.adopt_next_tables()?;
-        self.tables = tables;
         Ok(())
     }
 
@@ -268,26 +239,15 @@ impl Ebpf {
         match parting {
             // Without frontends nothing new is led anywhere; the notes on live sockets still translate their replies.
             Parting::Handover => {
-                let keys = self.tables.frontends.entries()?;
-                keys.iter().try_for_each(|(key, _)| self.tables.frontends.delete(key).map(drop))?;
-                self.tables.cluster_ips.settle(HashMap::new())?;
+                let keys: Vec<_> = self.tables.frontends.entries()?.into_iter().map(|(key, _)| key).collect();
+                self.tables.frontends.delete_all(&keys)?;
+                self.tables.cluster_ips.settle(HashMap::default())?;
                 self.layout = Layout::default();
                 Ok(())
             }
             Parting::Final => self.pins.remove(),
         }
     }
-}
-
-fn write(tables: &Tables, batch: &Batch) -> Result<()> {
-    batch.fresh_services.iter().try_for_each(|&service| tables.counters.reset(service))?;
-    tables.slots.put_all(&batch.slots)?;
-    tables.frontends.put_all(&batch.puts)?;
-    batch.deletes.iter().try_for_each(|key| tables.frontends.delete(key).map(drop))?;
-    for (addr, came) in &batch.cluster_ips {
-        if *came { tables.cluster_ips.put(addr, &1)? } else { _ = tables.cluster_ips.delete(addr)? }
-    }
-    Ok(())
 }
 
 /// A socket whose backend its frontend no longer has. Where the frontend is gone too, TCP connections are left to their
@@ -369,6 +329,7 @@ impl Backend for Ebpf {
     fn restore(&mut self) -> Pending<'_, Result<Restored>> {
         Box::pin(async {
             self.layout = restore::read(&self.tables)?;
+            self.known = true;
             Ok(Restored { frontends: self.layout.len() })
         })
     }
@@ -393,7 +354,7 @@ impl Backend for Ebpf {
     fn lookup(&self, frontend: &Frontend, outside: bool) -> Result<Option<Vec<SocketAddr>>> {
         let Some(value) = self.tables.frontends.get(&plan::key(frontend))? else { return Ok(None) };
         let range = if outside { value.external } else { value.internal };
-        let slots = (range.base..range.base + range.count).filter_map(|index| self.tables.slots.get(&index).transpose());
+        let slots = (range.base..range.base + range.count).filter_map(|index| self.tables.slots.get(index).transpose());
         slots.map(|slot| slot.map(|slot| SocketAddr::new(slot.addr.ip(), slot.port.host()))).collect::<Result<Vec<_>>>().map(Some)
     }
 

@@ -18,7 +18,7 @@ struct Node {
 
 impl Node {
     fn new() -> Self {
-        Self { listener: Listener::default(), layout: Layout::default(), frontends: HashMap::new(), slots: HashMap::new() }
+        Self { listener: Listener::default(), layout: Layout::default(), frontends: HashMap::default(), slots: HashMap::default() }
     }
 
     fn hear(&mut self, change: &Change) -> Batch {

@@ -1,7 +1,7 @@
 //! Forgets connections that are over, before the map of flows has to do so by itself and may choose one that lives.
-use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
+use foldhash::HashMap;
 use outrigger_abi as abi;
 
 use super::maps::Map;
