@@ -90,7 +90,8 @@ pub(crate) struct ServicePort {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Slice {
-    pub name: Arc<str>,
+    /// The object's own `namespace/name`.
+    pub name: ServiceName,
     pub family: Family,
     pub ports: Box<[SlicePort]>,
     pub endpoints: Box<[SliceEndpoint]>,
@@ -253,14 +254,16 @@ impl State {
 
     fn set_slice(&mut self, object: &EndpointSlice, touched: &mut Touched) {
         let key = name_of(&object.metadata);
-        let Some((service, slice)) = read::slice(object, &self.node_name, &mut self.interner) else {
+        let Some((service, slice)) = read::slice(object, &key, &self.node_name, &mut self.interner) else {
             return self.drop_slice(&key, touched);
         };
+        // The Service's own name object is shared where it is known already.
+        let qualified = [key.namespace(), "/", service].concat();
+        let known = self.services.get_key_value(qualified.as_str()).map(|(known, _)| known.clone());
+        let service = known.unwrap_or_else(|| ServiceName::new(key.namespace(), service));
         if self.slice_owners.get(&key).is_some_and(|owner| *owner != service) {
             self.drop_slice(&key, touched);
         }
-        // The Service's own name object is shared where it is known already.
-        let service = self.services.get_key_value(&service).map_or(service, |(known, _)| known.clone());
         let slices = self.slices.entry(service.clone()).or_default();
         match slices.iter_mut().find(|known| known.name == slice.name) {
             Some(known) if *known == slice => return,
@@ -277,7 +280,7 @@ impl State {
     fn drop_slice(&mut self, key: &ServiceName, touched: &mut Touched) {
         let Some(service) = self.slice_owners.remove(key) else { return };
         if let Some(slices) = self.slices.get_mut(&service) {
-            slices.retain(|slice| &*slice.name != key.name());
+            slices.retain(|slice| slice.name != *key);
             if slices.is_empty() {
                 self.slices.remove(&service);
             }
