@@ -179,6 +179,7 @@ impl Proxy {
                             self.take(&change);
                         }
                         wake_at = self.sync(since).await;
+                        self.backend.finish().await;
                         let _ = reply.send(self.health.borrow().clone());
                     }
                     Some(Command::Ask(question)) => {
@@ -303,6 +304,11 @@ impl Proxy {
     }
 
     async fn tidy(&mut self) -> Option<Instant> {
+        let ended = self.backend.ended();
+        if ended > 0 {
+            tracing::debug!(mode = %self.backend.mode(), ended, "connections of gone backends ended");
+            self.metrics(|metrics| metrics.ended += ended as u64);
+        }
         self.backend.tidy().await.map(|after| Instant::now() + after)
     }
 
@@ -379,7 +385,8 @@ impl ProxyHandle {
         self.health.clone()
     }
 
-    /// Resolves once everything that was sent before is in the kernel, or has failed to get there.
+    /// Resolves once everything that was sent before is in the kernel, or has failed to get there, and connections of gone backends
+    /// have been ended.
     pub async fn settle(&self) -> Health {
         let (reply, answer) = oneshot::channel();
         if self.commands.send(Command::Settle(reply)).await.is_err() {

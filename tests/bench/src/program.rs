@@ -134,6 +134,8 @@ async fn measure(options: &Program) -> Result<Programmed> {
     sender.send(Change::Node(Watched::Replaced(Arc::new(vec![Arc::new(node("bench"))]))))?;
     proxy.synced().await;
     let bulk = begin.elapsed();
+    let mut health = proxy.watch_health();
+    let mut applied = proxy.health().applies;
     let mut times = Vec::new();
     for change in 0..options.changes {
         let mut slice = (*sample).clone();
@@ -143,9 +145,10 @@ async fn measure(options: &Program) -> Result<Programmed> {
         }
         let begin = Instant::now();
         sender.send(Change::EndpointSlice(Watched::Applied(Arc::new(slice))))?;
-        let health = proxy.settle().await;
+        let health = health.wait_for(|health| health.applies > applied || health.error.is_some()).await?.clone();
         times.push(begin.elapsed());
         ensure!(health.error.is_none(), "{:?}", health.error);
+        applied = health.applies;
         // As they come in life, not as a stream.
         tokio::time::sleep(Duration::from_millis(5)).await;
     }

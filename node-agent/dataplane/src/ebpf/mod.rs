@@ -1,9 +1,10 @@
 //! Service traffic by eBPF: sockets of the node and its pods are led to backends when they connect or send.
 //!
 //! [`plan`] says what the maps should hold (pure), [`load`] brings maps and programs into the kernel, [`maps`] reads and writes them,
-//! [`attach`] holds the programs in place by pinned links, [`restore`] reads a former agent's maps back, [`sockets`] ends what
+//! [`attach`] holds the programs in place by pinned links, [`restore`] reads a former agent's maps back, [`ending`] and [`sockets`] end what
 //! still points at a gone backend, [`sweep`] forgets connections that are over, [`inspect`] shows what the maps say.
 mod attach;
+mod ending;
 pub mod inspect;
 mod load;
 mod maps;
@@ -17,7 +18,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use foldhash::{HashMap, HashSet};
@@ -29,6 +30,7 @@ use crate::backend::{Applied, Backend, BackendError, Counted, Live, Parting, Pen
 use crate::config::{Config, Mode, PodInterfaces};
 use crate::namespace::{self, Address, Changes, Namespace};
 use attach::{Interface, Pins};
+use ending::{Ender, Lost, Reach};
 use load::{Programs, Sizes};
 use maps::{Shared, Tables};
 use plan::Layout;
@@ -59,17 +61,17 @@ pub fn open(config: &Config) -> Result<Box<dyn Backend>> {
 }
 
 struct Ebpf {
-    cgroup_path: PathBuf,
     cgroup: File,
     pins: Pins,
     nodeport_addresses: Vec<IpNet>,
     node_ips: Vec<IpAddr>,
     cluster_cidrs: Vec<IpNet>,
     pod_interfaces: Option<PodInterfaces>,
-    node: Namespace,
+    reach: Arc<Reach>,
+    ender: Ender,
     programs: Programs,
     tables: Tables,
-    shared: Shared,
+    shared: Arc<Shared>,
     layout: Layout,
     /// The layout is what the maps hold.
     known: bool,
@@ -93,16 +95,18 @@ impl Ebpf {
         let changes = node.run(Changes::open).map_err(watch)?.map_err(watch)?;
         let programs = Programs::load(&pins.maps(), host_namespace)?;
         let tables = Tables::prepare(&pins.maps(), &Sizes::INITIAL)?;
-        let shared = Shared::open(&pins.maps())?;
+        let shared = Arc::new(Shared::open(&pins.maps())?);
+        let reach = Arc::new(Reach { maps: shared.clone(), node, cgroup_path: config.cgroup2_path.clone() });
+        let ender = Ender::start(reach.clone())?;
         Ok(Self {
-            cgroup_path: config.cgroup2_path.clone(),
             cgroup,
             pins,
             nodeport_addresses: config.nodeport_addresses.clone(),
             node_ips: config.node_ips.clone(),
             cluster_cidrs: config.cluster_cidrs.clone(),
             pod_interfaces: config.pod_interfaces.clone(),
-            node,
+            reach,
+            ender,
             programs,
             tables,
             shared,
@@ -124,6 +128,7 @@ impl Ebpf {
         let batch = self.layout.apply(table, delta, &self.node_ips);
         let (upserted, removed) = (batch.puts.len(), batch.deletes.len());
         self.update_source_ranges(table, delta)?;
+        self.ender.spare(|| alive(table, delta));
         let exact = self.tables.write(&batch, &self.layout)?;
         if delta.full && !exact {
             self.tables.cluster_ips.settle(self.layout.cluster_ips())?;
@@ -139,7 +144,12 @@ impl Ebpf {
             self.attached = true;
         }
         self.known = true;
-        let ended = self.end(table, delta);
+        let ended = if delta.full {
+            self.end_stale(table, delta)
+        } else {
+            self.ender.doom(lost(delta));
+            0
+        };
         Ok(Applied { upserted, removed, ended })
     }
 
@@ -158,10 +168,10 @@ impl Ebpf {
     fn update_addresses(&mut self) -> Result<()> {
         let failed = |error| BackendError::kernel("list the node's interfaces", error);
         let look = || -> io::Result<_> { Ok((namespace::addresses()?, namespace::interfaces()?)) };
-        let (addresses, names) = self.node.run(look).map_err(failed)?.map_err(failed)?;
+        let (addresses, names) = self.reach.node.run(look).map_err(failed)?.map_err(failed)?;
         self.shared.node_addresses.settle(node_addresses(&addresses, &self.nodeport_addresses))?;
         let uplinks = uplinks(&addresses, &self.node_ips, &self.cluster_cidrs, self.pod_interfaces.as_ref());
-        let Self { node, node_ips, programs, pins, shared, attached_to, .. } = self;
+        let Self { reach, node_ips, programs, pins, shared, attached_to, .. } = self;
         let attach = || -> Result<Vec<Interface>> {
             // Those that are gone by now have no index.
             let indexed = |name: String| Some(Interface { index: nix::net::if_::if_nametoindex(name.as_str()).ok()?, name });
@@ -173,66 +183,17 @@ impl Ebpf {
             }
             Ok(interfaces)
         };
-        self.attached_to = node.run(attach).map_err(failed)??;
+        self.attached_to = reach.node.run(attach).map_err(failed)??;
         Ok(())
     }
 
-    /// Ends what still points at gone backends: those that the delta names or, after a start, those that the table no longer knows.
-    fn end(&self, table: &Table, delta: &Delta) -> usize {
-        if delta.gone.is_empty() && !delta.full {
-            return 0;
-        }
-        let gone: HashSet<(abi::FrontendKey, SocketAddr)> =
-            delta.gone.iter().map(|gone| (plan::key(&gone.frontend), gone.backend)).collect();
-        let is_doomed = |peer: &abi::Peer| {
-            let backend = SocketAddr::new(peer.backend.addr.ip(), peer.backend.port.host());
-            let exact = abi::FrontendKey::new(peer.frontend.addr, peer.frontend.port, peer.protocol as u8);
-            let by_node = abi::FrontendKey { addr: exact.addr.node(), ..exact };
-            gone.contains(&(exact, backend)) || gone.contains(&(by_node, backend)) || (delta.full && is_stale(table, peer, backend))
-        };
-        self.end_flows(&is_doomed) + self.end_sockets(&is_doomed)
-    }
-
-    /// Packets of an ended TCP flow reach the node itself, which answers them by a reset.
-    fn end_flows(&self, is_doomed: &impl Fn(&abi::Peer) -> bool) -> usize {
-        let flows = match self.shared.flows.entries() {
-            Ok(flows) => flows,
-            Err(error) => {
-                tracing::warn!(%error, "flows to gone backends are left to time out");
-                return 0;
-            }
-        };
-        let opens = flows.iter().filter(|(_, flow)| flow.flags & abi::flow_flags::REPLY == 0);
-        let mut ended = 0;
-        for (tuple, flow) in opens {
-            let peer = abi::Peer {
-                frontend: abi::Endpoint::new(tuple.dst, tuple.dport),
-                backend: abi::Endpoint::new(flow.to.dst, flow.to.dport),
-                protocol: tuple.protocol.into(),
-                ..abi::Peer::default()
-            };
-            if is_doomed(&peer) {
-                // Each may have been evicted meanwhile.
-                let gone = self.shared.flows.delete(tuple).and_then(|gone| Ok(self.shared.flows.delete(&flow.to.reversed())? | gone));
-                ended += usize::from(gone.unwrap_or(false));
-            }
-        }
-        ended
-    }
-
-    fn end_sockets(&self, is_doomed: &(impl Fn(&abi::Peer) -> bool + Sync)) -> usize {
-        let namespaces = match namespace::below(&self.cgroup_path, &self.node) {
-            Ok(namespaces) => namespaces,
-            Err(error) => {
-                tracing::warn!(%error, cgroup = %self.cgroup_path.display(), "sockets of gone backends are left to time out");
-                return 0;
-            }
-        };
-        let (ended, error) = sockets::end(&namespaces, &self.shared, is_doomed);
-        if let Some(error) = error {
-            tracing::warn!(%error, "some sockets of gone backends are left to time out");
-        }
-        ended
+    /// After a start there is no list of what has gone meanwhile, so each connection is held against the table.
+    fn end_stale(&self, table: &Table, delta: &Delta) -> usize {
+        let gone: HashSet<Lost> = lost(delta).collect();
+        self.reach.end(&|peer: &abi::Peer| {
+            let names = ending::names_of(peer);
+            names.iter().any(|name| gone.contains(name)) || is_stale(table, peer, names[0].1)
+        })
     }
 
     fn teardown_now(&mut self, parting: Parting) -> Result<()> {
@@ -248,6 +209,15 @@ impl Ebpf {
             Parting::Final => self.pins.remove(),
         }
     }
+}
+
+fn lost(delta: &Delta) -> impl Iterator<Item = Lost> {
+    delta.gone.iter().map(|gone| (plan::key(&gone.frontend), gone.backend))
+}
+
+fn alive<'a>(table: &'a Table, delta: &'a Delta) -> impl Iterator<Item = Lost> + 'a {
+    let changed = delta.upserts.iter().filter_map(|upsert| Some((plan::key(&upsert.frontend), table.get(&upsert.frontend)?)));
+    changed.flat_map(|(key, entry)| entry.alive().map(move |endpoint| (key, endpoint.socket())))
 }
 
 /// A socket whose backend its frontend no longer has. Where the frontend is gone too, TCP connections are left to their
@@ -351,6 +321,14 @@ impl Backend for Ebpf {
         })
     }
 
+    fn ended(&mut self) -> usize {
+        self.ender.ended()
+    }
+
+    fn finish(&mut self) -> Pending<'_, ()> {
+        Box::pin(async { tokio::task::block_in_place(|| self.ender.finish()) })
+    }
+
     fn lookup(&self, frontend: &Frontend, outside: bool) -> Result<Option<Vec<SocketAddr>>> {
         let Some(value) = self.tables.frontends.get(&plan::key(frontend))? else { return Ok(None) };
         let range = if outside { value.external } else { value.internal };
@@ -370,7 +348,7 @@ impl Backend for Ebpf {
     }
 
     fn live(&self, _: &Table) -> Result<Vec<Live>> {
-        let namespaces = namespace::below(&self.cgroup_path, &self.node);
+        let namespaces = namespace::below(&self.reach.cgroup_path, &self.reach.node);
         let namespaces = namespaces.map_err(|error| BackendError::kernel("find the pods' network namespaces", error))?;
         let mut all = sockets::list(&namespaces, &self.shared).map_err(|error| BackendError::kernel("list sockets", error))?;
         let opens = self
