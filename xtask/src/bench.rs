@@ -53,6 +53,9 @@ struct Dataplane {
     /// Leave out how fast the kernel is programmed
     #[arg(long)]
     no_programming: bool,
+    /// Measure nothing but how fast the kernel is programmed
+    #[arg(long, conflicts_with = "no_programming")]
+    only_programming: bool,
     /// Where the report goes (default: target/bench)
     #[arg(long)]
     report: Option<PathBuf>,
@@ -67,13 +70,21 @@ pub fn run(options: &Options) -> Result<()> {
 
 /// What a Service costs against going to the pod directly, by Outrigger's three ways and by upstream's kube-proxy, in one run.
 fn dataplane(options: &Dataplane) -> Result<()> {
+    let binaries = paths::target().join("release");
+    let report = options.report.clone().unwrap_or_else(|| paths::target().join("bench"));
+    if options.only_programming {
+        tools::install(&[("iperf3", "iperf3")])?;
+        build_ebpf::run()?;
+        build(&["outrigger-bench"])?;
+        tools::show(Command::new(binaries.join("outrigger-bench")).arg("programming").arg("--report").arg(&report))?;
+        println!("{}", fs::read_to_string(report.join("dataplane.md"))?);
+        return Ok(());
+    }
     tools::install_runtime()?;
     tools::install(&[("iperf3", "iperf3"), ("iptables", "iptables")])?;
     let kube_proxy = Upstream::KubeProxy.get()?;
     build_ebpf::run()?;
     build(&["outrigger-control", "outrigger-node", "outrigger-bench"])?;
-    let binaries = paths::target().join("release");
-    let report = options.report.clone().unwrap_or_else(|| paths::target().join("bench"));
     let mut bench = Command::new(binaries.join("outrigger-bench"));
     bench.arg("dataplane").arg("--binaries").arg(&binaries).arg("--kube-proxy").arg(kube_proxy).arg("--report").arg(&report);
     let list = |numbers: &[u32]| numbers.iter().map(u32::to_string).collect::<Vec<_>>().join(",");

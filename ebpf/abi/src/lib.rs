@@ -22,6 +22,13 @@ pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
 pub const SCTP: u8 = 132;
 
+/// Elements in each page of `slots`, `maglev` and `counters`: arrays that grow by the page, so what is in them stays where it is.
+pub const SLOTS_PER_PAGE: u32 = 1 << 14;
+pub const MAGLEV_BLOCKS_PER_PAGE: u32 = 1 << 14;
+pub const COUNTERS_PER_PAGE: u32 = 1 << 12;
+/// Pages that there can be of each.
+pub const PAGES: u32 = 256;
+
 /// An address of either family, as it lies in memory on the wire.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -204,11 +211,11 @@ pub mod frontend_flags {
     pub const LEAST_CONNECTIONS: u32 = 1 << 8;
 }
 
-/// Places of a Maglev table in one element of the array `maglev`: the kernel rounds an element up to eight bytes, so one alone would
+/// Places of a Maglev table in one element of the paged array `maglev`: the kernel rounds an element up to eight bytes, so one alone would
 /// waste most of them.
 pub const MAGLEV_BLOCK: u32 = 32;
 
-/// Element of the array `maglev`: for each place, which backend of the set it means. Written before a frontend names it, and never
+/// Element of the paged array `maglev`: for each place, which backend of the set it means. Written before a frontend names it, and never
 /// changed while one does.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -221,7 +228,7 @@ impl MaglevBlock {
     }
 }
 
-/// Element of the array `slots`: one backend of one set.
+/// Element of the paged array `slots`: one backend of one set.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Slot {
@@ -469,7 +476,7 @@ pub struct Uplink {
     pub v6: Addr,
 }
 
-/// Element of the per-CPU array `counters`, by Service port.
+/// Element of the paged per-CPU array `counters`, by Service port.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {

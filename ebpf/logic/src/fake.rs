@@ -107,6 +107,9 @@ impl Tables for Fake {
     fn closed(&self, backend: &BackendKey) {
         *self.connections.borrow_mut().entry(*backend).or_default() -= 1;
     }
+    fn search(&self, range: Range, wanted: (u64, u64, u16)) -> u32 {
+        crate::service::search(self, range, wanted)
+    }
     fn random(&self) -> u32 {
         self.random.get()
     }

@@ -29,6 +29,8 @@ pub trait Tables {
     fn connections(&self, backend: &BackendKey) -> i64;
     fn opened(&self, backend: &BackendKey);
     fn closed(&self, backend: &BackendKey);
+    /// [`search`], which the kernel need not follow anew for each of its callers.
+    fn search(&self, range: Range, wanted: (u64, u64, u16)) -> u32;
     fn random(&self) -> u32;
     /// Nanoseconds of the coarse monotonic clock.
     fn now(&self) -> u64;
@@ -261,26 +263,27 @@ fn locate<'a, T: Tables>(tables: &'a T, service: u32, range: Range, hint: &Hint)
             return Some((slot, hint.index));
         }
     }
-    search(tables, range, hint.backend.sort_key()).filter(|(slot, _)| is_it(slot))
+    let index = tables.search(range, hint.backend.sort_key());
+    tables.slot(range.base.wrapping_add(index)).filter(|slot| is_it(slot)).map(|slot| (slot, index))
 }
 
-/// The last slot of the set that isn't after `wanted`.
+/// The place in the set of the last slot that isn't after `wanted`.
 ///
 /// Written so that the kernel can see through it at once: whichever way a comparison goes, the next step looks the same to it. A
 /// search that compares its two ends would be explored once for every path.
 #[inline(always)]
-fn search<T: Tables>(tables: &T, range: Range, wanted: (u64, u64, u16)) -> Option<(&Slot, u32)> {
+pub fn search<T: Tables>(tables: &T, range: Range, wanted: (u64, u64, u16)) -> u32 {
     let (mut first, mut count) = (range.base, range.count);
     let mut step = 0;
     while step < MAX_SEARCH && count > 1 {
         step += 1;
         let half = count / 2;
-        if tables.slot(first.wrapping_add(half))?.endpoint().sort_key() <= wanted {
+        if tables.slot(first.wrapping_add(half)).is_some_and(|slot| slot.endpoint().sort_key() <= wanted) {
             first = first.wrapping_add(half);
         }
         count -= half;
     }
-    Some((tables.slot(first)?, first.wrapping_sub(range.base)))
+    first.wrapping_sub(range.base)
 }
 
 #[cfg(test)]

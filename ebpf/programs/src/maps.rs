@@ -1,34 +1,40 @@
 //! The maps, and the decisions' view of them. Sizes here are placeholders: the agent sets them when it loads the object.
+//!
+//! The table's own maps are maps in maps, so that they grow while the programs stay: `frontends` and `cluster_ips` are replaced by larger
+//! ones, `slots`, `maglev` and `counters` get more pages.
 
 use core::arch::asm;
 
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
-use aya_ebpf::btf_maps::SkStorage;
+use aya_ebpf::btf_maps::{self, ArrayOfMaps, SkStorage};
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::lpm_trie::Key;
-use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap};
 use outrigger_abi as abi;
-use outrigger_logic::service::Tables;
+use outrigger_logic::service::{Tables, search};
 
 /// Cookie of the node's own network namespace.
 #[unsafe(no_mangle)]
 static HOST_NAMESPACE: Global<u64> = Global::new(0);
 
 // Not preallocated: an element that is replaced or deleted stays whole for the readers that hold it.
-#[map(name = "frontends")]
-static FRONTENDS: HashMap<abi::FrontendKey, abi::Frontend> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
-#[map(name = "slots")]
-static SLOTS: Array<abi::Slot> = Array::with_max_entries(1024, 0);
-#[map(name = "maglev")]
-static MAGLEV: Array<abi::MaglevBlock> = Array::with_max_entries(64, 0);
+type Growing<K, V> = ArrayOfMaps<btf_maps::HashMap<K, V, 1024, { BPF_F_NO_PREALLOC as usize }>, 1>;
+const PAGES: usize = abi::PAGES as usize;
+
+#[btf_map(name = "frontends")]
+static FRONTENDS: Growing<abi::FrontendKey, abi::Frontend> = ArrayOfMaps::new();
+#[btf_map(name = "slots")]
+static SLOTS: ArrayOfMaps<btf_maps::Array<abi::Slot, { abi::SLOTS_PER_PAGE as usize }>, PAGES> = ArrayOfMaps::new();
+#[btf_map(name = "maglev")]
+static MAGLEV: ArrayOfMaps<btf_maps::Array<abi::MaglevBlock, { abi::MAGLEV_BLOCKS_PER_PAGE as usize }>, PAGES> = ArrayOfMaps::new();
 #[map(name = "connections")]
 static CONNECTIONS: LruHashMap<abi::BackendKey, i64> = LruHashMap::with_max_entries(1024, 0);
 #[map(name = "node_addresses")]
 static NODE_ADDRESSES: HashMap<abi::Addr, u32> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
-#[map(name = "cluster_ips")]
-static CLUSTER_IPS: HashMap<abi::Addr, u32> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+#[btf_map(name = "cluster_ips")]
+static CLUSTER_IPS: Growing<abi::Addr, u32> = ArrayOfMaps::new();
 #[map(name = "source_ranges")]
 static SOURCE_RANGES: LpmTrie<[u32; 5], u32> = LpmTrie::with_max_entries(1024, BPF_F_NO_PREALLOC);
 #[map(name = "affinity")]
@@ -43,8 +49,8 @@ pub static FRAGMENTS: LruHashMap<abi::Fragment, abi::Ports> = LruHashMap::with_m
 pub static UPLINKS: HashMap<u32, abi::Uplink> = HashMap::with_max_entries(64, BPF_F_NO_PREALLOC);
 #[map(name = "activity")]
 static ACTIVITY: Array<u32> = Array::with_max_entries(abi::activity::KINDS, BPF_F_MMAPABLE);
-#[map(name = "counters")]
-static COUNTERS: PerCpuArray<abi::Counters> = PerCpuArray::with_max_entries(1024, 0);
+#[btf_map(name = "counters")]
+static COUNTERS: ArrayOfMaps<btf_maps::PerCpuArray<abi::Counters, { abi::COUNTERS_PER_PAGE as usize }>, PAGES> = ArrayOfMaps::new();
 #[btf_map(name = "peers")]
 pub static PEERS: SkStorage<abi::Peer> = SkStorage::new();
 
@@ -67,17 +73,17 @@ impl Tables for Kernel {
     #[inline(always)]
     fn frontend(&self, key: &abi::FrontendKey) -> Option<&abi::Frontend> {
         // SAFETY: the map isn't preallocated, so the element isn't reused while this program runs.
-        unsafe { FRONTENDS.get(key) }
+        unsafe { FRONTENDS.get(0)?.get(key) }
     }
 
     #[inline(always)]
     fn slot(&self, index: u32) -> Option<&abi::Slot> {
-        SLOTS.get(index)
+        SLOTS.get_value(index / abi::SLOTS_PER_PAGE, &(index % abi::SLOTS_PER_PAGE))
     }
 
     #[inline(always)]
     fn maglev(&self, index: u32) -> Option<&abi::MaglevBlock> {
-        MAGLEV.get(index)
+        MAGLEV.get_value(index / abi::MAGLEV_BLOCKS_PER_PAGE, &(index % abi::MAGLEV_BLOCKS_PER_PAGE))
     }
 
     #[inline(always)]
@@ -89,7 +95,7 @@ impl Tables for Kernel {
     #[inline(always)]
     fn is_cluster_ip(&self, addr: &abi::Addr) -> bool {
         // SAFETY: as for FRONTENDS.
-        unsafe { CLUSTER_IPS.get(addr) }.is_some()
+        CLUSTER_IPS.get(0).is_some_and(|addresses| unsafe { addresses.get(addr) }.is_some())
     }
 
     #[inline(always)]
@@ -132,6 +138,11 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
+    fn search(&self, range: abi::Range, (high, low, port): (u64, u64, u16)) -> u32 {
+        outrigger_search(range.base, range.count, high, low, port.into())
+    }
+
+    #[inline(always)]
     fn random(&self) -> u32 {
         // SAFETY: takes no argument.
         unsafe { bpf_get_prandom_u32() }
@@ -142,6 +153,13 @@ impl Tables for Kernel {
         // SAFETY: takes no argument.
         unsafe { bpf_ktime_get_coarse_ns() }
     }
+}
+
+/// A global function of numbers: the kernel checks it once, not in each place and state that it is called from.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn outrigger_search(base: u32, count: u32, high: u64, low: u64, port: u32) -> u32 {
+    search(&Kernel, abi::Range { base, count }, (high, low, port as u16))
 }
 
 #[inline(always)]
@@ -174,7 +192,8 @@ pub fn activate(kind: u32) {
 
 #[inline(always)]
 pub fn count(service: u32, update: impl FnOnce(&mut abi::Counters)) {
-    if let Some(counters) = COUNTERS.get_ptr_mut(service) {
+    let (page, index) = (service / abi::COUNTERS_PER_PAGE, service % abi::COUNTERS_PER_PAGE);
+    if let Some(counters) = COUNTERS.get_value_ptr_mut(page, &index) {
         // SAFETY: the element belongs to this CPU; a program that interrupts this one costs at most one count.
         update(unsafe { &mut *counters });
     }

@@ -50,7 +50,7 @@ pub struct Restored {
 pub struct Applied {
     pub upserted: usize,
     pub removed: usize,
-    /// Sockets and conntrack entries of gone backends that were ended.
+    /// Sockets and conntrack entries of gone backends that were ended; see also [`Backend::ended`].
     pub ended: usize,
 }
 
@@ -97,6 +97,16 @@ pub trait Backend: Send {
     /// `None` when nothing is left.
     fn tidy(&mut self) -> Pending<'_, Option<Duration>> {
         Box::pin(async { None })
+    }
+
+    /// What was ended by work that goes on beside the calls, since this was last asked.
+    fn ended(&mut self) -> usize {
+        0
+    }
+
+    /// Waits for that work.
+    fn finish(&mut self) -> Pending<'_, ()> {
+        Box::pin(async {})
     }
 
     /// Where a new connection to the frontend may be led, read back from where it will be decided; `None` when nothing is known of

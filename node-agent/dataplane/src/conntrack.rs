@@ -46,8 +46,9 @@ enum Scope {
 }
 
 /// Deletes what no longer fits the table, for the frontends that the delta touches (all when it's full); returns how many. Costs nothing
-/// when the delta took no backend away.
-pub fn sweep(table: &Table, delta: &Delta) -> io::Result<usize> {
+/// when the delta took no backend away. The connection is the caller's to keep: when one is closed the kernel waits until all that nftables
+/// gave up is freed.
+pub fn sweep(connection: &Connection, table: &Table, delta: &Delta) -> io::Result<usize> {
     let scope = if delta.full {
         Scope::All
     } else {
@@ -60,7 +61,6 @@ pub fn sweep(table: &Table, delta: &Delta) -> io::Result<usize> {
         }
         Scope::Only(frontends)
     };
-    let connection = Connection::open(NETLINK_NETFILTER)?;
     let mut ended = 0;
     // A dump goes through the kernel's whole table.
     let touched = |family: &Family| match &scope {
@@ -68,9 +68,9 @@ pub fn sweep(table: &Table, delta: &Delta) -> io::Result<usize> {
         Scope::Only(frontends) => frontends.iter().any(|frontend| frontend.address.family() == *family),
     };
     for family in Family::ALL.into_iter().filter(touched) {
-        for tracked in dump(&connection, family)? {
+        for tracked in dump(connection, family)? {
             if is_stale(table, &scope, &tracked) {
-                ended += usize::from(delete(&connection, family, &tracked)?);
+                ended += usize::from(delete(connection, family, &tracked)?);
             }
         }
     }

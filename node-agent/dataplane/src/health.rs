@@ -1,6 +1,5 @@
 //! What load balancers ask at the healthCheckNodePort of a Service with externalTrafficPolicy Local: whether this node has endpoints of
 //! it. Answered from this process alone, so also while the API server is away.
-use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -8,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
+use foldhash::HashMap;
 use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use hyper::service::service_fn;
@@ -97,7 +97,7 @@ struct Open {
 
 impl Checks {
     pub fn new(nodeport_addresses: &[IpNet], health: watch::Receiver<Health>) -> Self {
-        Self { nodeport_addresses: nodeport_addresses.to_vec(), health, open: HashMap::new() }
+        Self { nodeport_addresses: nodeport_addresses.to_vec(), health, open: HashMap::default() }
     }
 
     /// Opens what is wanted, closes the rest. A port that somebody else has is tried again at the next change.

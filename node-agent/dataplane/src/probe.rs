@@ -11,32 +11,49 @@ pub struct Choice {
     pub reason: String,
 }
 
-/// Tries the modes from best to least, or only the one that was asked for. `missing` says what a mode lacks here.
-fn choose(wanted: ModeChoice, missing: impl Fn(Mode) -> Option<String>) -> Result<Choice> {
+/// Tries the modes from best to least, or only the one that was asked for, and hands back what the first that works is. `attempt` says
+/// what a mode lacks here.
+fn choose<T>(wanted: ModeChoice, attempt: impl Fn(Mode) -> std::result::Result<T, String>) -> Result<(Choice, T)> {
     if let ModeChoice::Only(mode) = wanted {
-        return match missing(mode) {
-            None => Ok(Choice { mode, reason: format!("--proxy-mode={mode}") }),
-            Some(missing) => Err(BackendError::Unsupported { mode, missing }),
+        return match attempt(mode) {
+            Ok(found) => Ok((Choice { mode, reason: format!("--proxy-mode={mode}") }, found)),
+            Err(missing) => Err(BackendError::Unsupported { mode, missing }),
         };
     }
     let mut passed_over = Vec::new();
     for mode in Mode::ALL {
-        let Some(missing) = missing(mode) else {
-            let reason = if passed_over.is_empty() { "the kernel has all it takes".into() } else { passed_over.join("; ") };
-            return Ok(Choice { mode, reason });
-        };
-        passed_over.push(format!("no {mode}: {missing}"));
+        match attempt(mode) {
+            Ok(found) => {
+                let reason = if passed_over.is_empty() { "the kernel has all it takes".into() } else { passed_over.join("; ") };
+                return Ok((Choice { mode, reason }, found));
+            }
+            Err(missing) => passed_over.push(format!("no {mode}: {missing}")),
+        }
     }
     Err(BackendError::Unsupported { mode: Mode::Userspace, missing: passed_over.join("; ") })
 }
 
-pub fn probe(config: &Config, wanted: ModeChoice) -> Result<Choice> {
-    choose(wanted, |mode| missing(config, mode))
+/// The mode to be in, and its backend, unless that is the one `in_use`: what is running needs no proof. A backend is tried by opening it,
+/// so that nothing is loaded twice.
+pub fn probe(config: &Config, wanted: ModeChoice, in_use: Option<Mode>) -> Result<(Choice, Option<Box<dyn Backend>>)> {
+    choose(wanted, |mode| {
+        if in_use == Some(mode) {
+            return Ok(None);
+        }
+        if let Some(missing) = missing(mode) {
+            return Err(missing);
+        }
+        match open(config, mode) {
+            Err(BackendError::Unsupported { missing, .. }) => Err(missing),
+            opened => opened.map(Some).map_err(|error| error.to_string()),
+        }
+    })
 }
 
-fn missing(config: &Config, mode: Mode) -> Option<String> {
+/// What a mode lacks that opening it wouldn't tell.
+fn missing(mode: Mode) -> Option<String> {
     match mode {
-        Mode::Ebpf => ebpf::missing(config),
+        Mode::Ebpf => None,
         Mode::Nftables => nftables::missing(),
         Mode::Userspace => userspace::missing(),
     }
@@ -64,23 +81,23 @@ pub fn open(config: &Config, mode: Mode) -> Result<Box<dyn Backend>> {
 mod tests {
     use super::*;
 
-    fn lacking(modes: &'static [Mode]) -> impl Fn(Mode) -> Option<String> {
-        move |mode| modes.contains(&mode).then(|| format!("{mode} feature"))
+    fn lacking(modes: &'static [Mode]) -> impl Fn(Mode) -> std::result::Result<(), String> {
+        move |mode| if modes.contains(&mode) { Err(format!("{mode} feature")) } else { Ok(()) }
     }
 
     #[test]
     fn auto_takes_the_best_and_names_what_better_ones_lack() {
-        let choice = choose(ModeChoice::Auto, lacking(&[])).unwrap();
+        let (choice, ()) = choose(ModeChoice::Auto, lacking(&[])).unwrap();
         assert_eq!((choice.mode, choice.reason.as_str()), (Mode::Ebpf, "the kernel has all it takes"));
-        let choice = choose(ModeChoice::Auto, lacking(&[Mode::Ebpf])).unwrap();
+        let (choice, ()) = choose(ModeChoice::Auto, lacking(&[Mode::Ebpf])).unwrap();
         assert_eq!((choice.mode, choice.reason.as_str()), (Mode::Nftables, "no ebpf: ebpf feature"));
-        let choice = choose(ModeChoice::Auto, lacking(&[Mode::Ebpf, Mode::Nftables])).unwrap();
+        let (choice, ()) = choose(ModeChoice::Auto, lacking(&[Mode::Ebpf, Mode::Nftables])).unwrap();
         assert_eq!((choice.mode, choice.reason.as_str()), (Mode::Userspace, "no ebpf: ebpf feature; no nftables: nftables feature"));
     }
 
     #[test]
     fn a_mode_that_was_asked_for_is_not_replaced() {
-        assert_eq!(choose(ModeChoice::Only(Mode::Userspace), lacking(&[])).unwrap().mode, Mode::Userspace);
+        assert_eq!(choose(ModeChoice::Only(Mode::Userspace), lacking(&[])).unwrap().0.mode, Mode::Userspace);
         let error = choose(ModeChoice::Only(Mode::Nftables), lacking(&[Mode::Nftables])).unwrap_err();
         assert_eq!(error.to_string(), "nftables can't run here: nftables feature");
     }

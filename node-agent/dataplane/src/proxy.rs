@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 use outrigger_desired::{Change, Delta, State, Table, Touched, Watched};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::backend::{Applied, Backend, Parting, Result};
+use crate::backend::{Applied, Backend, BackendError, Parting, Result};
 use crate::config::{Config, Mode, ModeChoice};
 use crate::health::Checks;
 use crate::metrics::Metrics;
@@ -119,8 +119,9 @@ impl Proxy {
     /// Probes, opens the backend, reads the kernel back and starts the loop. `changes` carries all four watched kinds, each
     /// beginning with its whole list.
     pub async fn start(config: Config, changes: mpsc::UnboundedReceiver<Change>) -> Result<ProxyHandle> {
-        let choice = probe::probe(&config, config.mode)?;
-        let backend = open(&config, &choice).await?;
+        let (choice, backend) = probe::probe(&config, config.mode, None)?;
+        let mut backend = backend.ok_or_else(|| BackendError::failed("choose a proxy mode", "none was opened"))?;
+        restore(&mut *backend, &choice).await?;
         Ok(Self::run_with(config, choice, backend, changes))
     }
 
@@ -178,6 +179,7 @@ impl Proxy {
                             self.take(&change);
                         }
                         wake_at = self.sync(since).await;
+                        self.backend.finish().await;
                         let _ = reply.send(self.health.borrow().clone());
                     }
                     Some(Command::Ask(question)) => {
@@ -227,12 +229,9 @@ impl Proxy {
             return Some(earliest);
         }
         let touched = std::mem::take(&mut self.touched);
-        let mut delta = self.table.update(&self.state, &touched);
+        let table = &mut self.table;
+        let delta = if self.unknown { table.update_unknown(&self.state, &touched) } else { table.update(&self.state, &touched) };
         self.checks.settle(self.table.health_checks());
-        if self.unknown {
-            let gone = std::mem::take(&mut delta.gone);
-            delta = Delta { gone, ..Delta::full(&self.table) };
-        }
         if delta.is_empty() {
             self.metrics(Metrics::settled);
             self.updated();
@@ -306,14 +305,19 @@ impl Proxy {
     }
 
     async fn tidy(&mut self) -> Option<Instant> {
+        let ended = self.backend.ended();
+        if ended > 0 {
+            tracing::debug!(mode = %self.backend.mode(), ended, "connections of gone backends ended");
+            self.metrics(|metrics| metrics.ended += ended as u64);
+        }
         self.backend.tidy().await.map(|after| Instant::now() + after)
     }
 
     /// The new backend takes over whole before the old one lets go of new connections; what lives stays with the old one.
     async fn switch(&mut self, wanted: ModeChoice) -> Result<Choice> {
-        let choice = probe::probe(&self.config, wanted)?;
-        if choice.mode != self.backend.mode() {
-            let mut next = open(&self.config, &choice).await?;
+        let (choice, next) = probe::probe(&self.config, wanted, Some(self.backend.mode()))?;
+        if let Some(mut next) = next {
+            restore(&mut *next, &choice).await?;
             if !self.awaited.any() {
                 next.apply(&self.table, &Delta::full(&self.table)).await?;
             }
@@ -332,11 +336,10 @@ impl Proxy {
     }
 }
 
-async fn open(config: &Config, choice: &Choice) -> Result<Box<dyn Backend>> {
-    let mut backend = probe::open(config, choice.mode)?;
+async fn restore(backend: &mut dyn Backend, choice: &Choice) -> Result<()> {
     let restored = backend.restore().await?;
     tracing::info!(mode = %choice.mode, reason = %choice.reason, found = restored.frontends, "proxy mode chosen");
-    Ok(backend)
+    Ok(())
 }
 
 impl ProxyHandle {
@@ -383,7 +386,8 @@ impl ProxyHandle {
         self.health.clone()
     }
 
-    /// Resolves once everything that was sent before is in the kernel, or has failed to get there.
+    /// Resolves once everything that was sent before is in the kernel, or has failed to get there, and connections of gone backends
+    /// have been ended.
     pub async fn settle(&self) -> Health {
         let (reply, answer) = oneshot::channel();
         if self.commands.send(Command::Settle(reply)).await.is_err() {
@@ -395,7 +399,7 @@ impl ProxyHandle {
     /// Switches while traffic flows; live connections go on.
     pub async fn set_mode(&self, wanted: ModeChoice) -> Result<Choice> {
         let (reply, answer) = oneshot::channel();
-        let stopped = || crate::BackendError::failed("switch the proxy mode", "the proxy has stopped");
+        let stopped = || BackendError::failed("switch the proxy mode", "the proxy has stopped");
         self.commands.send(Command::SetMode(wanted, reply)).await.map_err(|_| stopped())?;
         answer.await.map_err(|_| stopped())?
     }

@@ -1,7 +1,9 @@
 //! The step from one table to the next, as the backends apply it.
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::SocketAddr;
+
+use foldhash::HashSet;
 
 use crate::names::{Protocol, ServicePortName};
 use crate::table::{Endpoint, Entry, Frontend, Table};
@@ -10,13 +12,13 @@ use crate::table::{Endpoint, Entry, Frontend, Table};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Upsert {
     pub frontend: Frontend,
-    pub previous: Option<Entry>,
+    pub previous: Option<Box<Entry>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Removal {
     pub frontend: Frontend,
-    pub previous: Entry,
+    pub previous: Box<Entry>,
 }
 
 /// A backend that live connections through the frontend may still point at, though it is gone: they have to be ended.
@@ -41,7 +43,7 @@ impl Delta {
     /// The delta that makes a kernel of unknown content look like `table`.
     pub fn full(table: &Table) -> Self {
         let mut upserts: Vec<_> = table.iter().map(|(frontend, _)| Upsert { frontend: *frontend, previous: None }).collect();
-        upserts.sort_by_key(|upsert| upsert.frontend);
+        upserts.sort_unstable_by_key(|upsert| upsert.frontend);
         Self { full: true, upserts, ..Self::default() }
     }
 
@@ -49,7 +51,7 @@ impl Delta {
         !self.full && self.upserts.is_empty() && self.removals.is_empty() && self.gone.is_empty()
     }
 
-    pub(crate) fn push(&mut self, frontend: Frontend, previous: Option<Entry>, stays: bool, gone: impl FnOnce(&Entry) -> Vec<Gone>) {
+    pub(crate) fn push(&mut self, frontend: Frontend, previous: Option<Box<Entry>>, stays: bool, gone: impl FnOnce(&Entry) -> Vec<Gone>) {
         if let Some(previous) = &previous {
             self.gone.extend(gone(previous));
         }
@@ -64,16 +66,12 @@ impl Delta {
 /// Which of `previous`'s endpoints are dead now. A Service that is deleted ends its UDP flows (they have no end of their own) and leaves
 /// established TCP connections to their endpoints, as kube-proxy does.
 pub(crate) fn gone(frontend: Frontend, previous: &Entry, current: Option<&Entry>) -> Vec<Gone> {
-    let alive: HashSet<&Endpoint> = match current {
-        Some(current) => current.alive().collect(),
-        None if frontend.protocol == Protocol::Udp => HashSet::new(),
+    let alive: HashSet<SocketAddr> = match current {
+        Some(current) => current.alive().map(Endpoint::socket).collect(),
+        None if frontend.protocol == Protocol::Udp => HashSet::default(),
         None => return Vec::new(),
     };
-    let dead: BTreeSet<SocketAddr> = previous
-        .alive()
-        .filter(|endpoint| !alive.iter().any(|other| other.ip == endpoint.ip && other.port == endpoint.port))
-        .map(Endpoint::socket)
-        .collect();
+    let dead: BTreeSet<SocketAddr> = previous.alive().map(Endpoint::socket).filter(|endpoint| !alive.contains(endpoint)).collect();
     dead.into_iter().map(|backend| Gone { frontend, service: previous.service.clone(), backend }).collect()
 }
 
@@ -86,7 +84,7 @@ pub fn diff(old: &Table, new: &Table) -> Delta {
     for frontend in frontends {
         let (previous, current) = (old.get(&frontend), new.get(&frontend));
         if previous != current {
-            delta.push(frontend, previous.cloned(), current.is_some(), |previous| gone(frontend, previous, current));
+            delta.push(frontend, previous.cloned().map(Box::new), current.is_some(), |previous| gone(frontend, previous, current));
         }
     }
     delta

@@ -1,4 +1,5 @@
 //! The small values that everything else is keyed by.
+use std::borrow::Borrow;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -65,7 +66,7 @@ pub struct ServiceName(Arc<str>);
 
 impl ServiceName {
     pub fn new(namespace: &str, name: &str) -> Self {
-        Self(format!("{namespace}/{name}").into())
+        Self([namespace, "/", name].concat().into())
     }
 
     pub fn as_str(&self) -> &str {
@@ -78,6 +79,12 @@ impl ServiceName {
 
     pub fn name(&self) -> &str {
         self.0.split_once('/').map_or(&self.0, |(_, name)| name)
+    }
+}
+
+impl Borrow<str> for ServiceName {
+    fn borrow(&self) -> &str {
+        &self.0
     }
 }
 

@@ -11,12 +11,15 @@ use crate::table::{Address, Balancing, Endpoint, Entry, Frontend, HealthCheck, K
 
 /// At most one entry per frontend; an owner that is gone has none.
 pub(crate) fn plan(state: &State, owner: &Owner) -> Vec<(Frontend, Entry)> {
-    let planned = match owner {
+    let mut planned = match owner {
         Owner::Service(name) => state.service(name).map_or_else(Vec::new, |spec| plan_service(state, name, spec)),
         Owner::Pod(name) => plan_host_ports(state, name),
     };
-    // An address may be asked for twice (an external address that is a load balancer's too): the later kind wins.
-    planned.into_iter().collect::<BTreeMap<_, _>>().into_iter().collect()
+    if planned.len() > 1 {
+        // An address may be asked for twice (an external address that is a load balancer's too): the later kind wins.
+        planned = planned.into_iter().collect::<BTreeMap<_, _>>().into_iter().collect();
+    }
+    planned
 }
 
 pub(crate) fn health_check(state: &State, name: &ServiceName) -> Option<HealthCheck> {
@@ -29,7 +32,7 @@ pub(crate) fn health_check(state: &State, name: &ServiceName) -> Option<HealthCh
 
 fn plan_service(state: &State, name: &ServiceName, spec: &ServiceSpec) -> Vec<(Frontend, Entry)> {
     let mut planned = Vec::new();
-    let ranges: Arc<[IpNet]> = spec.source_ranges.iter().copied().collect();
+    let ranges: Arc<[IpNet]> = shared(&spec.source_ranges);
     for cluster_ip in &spec.cluster_ips {
         let family = Family::of(*cluster_ip);
         for port in &spec.ports {
@@ -75,6 +78,19 @@ fn candidates<'a>(state: &'a State, name: &ServiceName, port: &ServicePort, fami
     found
 }
 
+/// An empty list takes no memory of its own.
+fn shared<T: Copy>(items: &[T]) -> Arc<[T]>
+where
+    Arc<[T]>: Default,
+{
+    if items.is_empty() { Arc::default() } else { items.into() }
+}
+
+/// Whether a list that is sorted by address and port has the endpoint.
+fn holds(sorted: &[Endpoint], endpoint: &Endpoint) -> bool {
+    sorted.binary_search_by_key(&(endpoint.ip, endpoint.port), |other| (other.ip, other.port)).is_ok()
+}
+
 /// What the policies choose among one port's endpoints.
 struct Choice {
     cluster: Arc<[Endpoint]>,
@@ -88,7 +104,7 @@ struct Choice {
 impl Choice {
     fn of(spec: &ServiceSpec, port: &ServicePort, candidates: &[Candidate<'_>], state: &State) -> Self {
         let pick = |wanted: &dyn Fn(&SliceEndpoint) -> bool| -> Arc<[Endpoint]> {
-            candidates.iter().filter(|candidate| wanted(candidate.facts)).map(|candidate| candidate.endpoint).collect()
+            shared(&candidates.iter().filter(|candidate| wanted(candidate.facts)).map(|candidate| candidate.endpoint).collect::<Vec<_>>())
         };
         let draining = |facts: &SliceEndpoint| facts.serving && facts.terminating;
         let topology = Topology::of(candidates, state.zone.as_deref());
@@ -104,13 +120,9 @@ impl Choice {
             }
         }
         let keeps_flows = |facts: &SliceEndpoint| port.protocol != Protocol::Udp || facts.serving;
-        let others = candidates
-            .iter()
-            .filter(|candidate| {
-                keeps_flows(candidate.facts) && !cluster.contains(&candidate.endpoint) && !local.contains(&candidate.endpoint)
-            })
-            .map(|candidate| candidate.endpoint)
-            .collect();
+        let unused = |endpoint: &Endpoint| !holds(&cluster, endpoint) && !holds(&local, endpoint);
+        let others = candidates.iter().filter(|candidate| keeps_flows(candidate.facts)).map(|candidate| candidate.endpoint).filter(unused);
+        let others = shared(&others.collect::<Vec<_>>());
         let any = candidates.iter().any(|candidate| candidate.facts.ready || draining(candidate.facts));
         Self { cluster, local, others, any }
     }
@@ -190,15 +202,15 @@ impl Draft<'_> {
 
     /// All that live connections may point at beside the entry's own backends.
     fn retained(&self, backends: &Arc<[Endpoint]>, others: &Arc<[Endpoint]>) -> Arc<[Endpoint]> {
-        let unused = |list: &Arc<[Endpoint]>| list.iter().any(|endpoint| !backends.contains(endpoint));
+        let unused = |list: &Arc<[Endpoint]>| !Arc::ptr_eq(list, backends) && list.iter().any(|endpoint| !holds(backends, endpoint));
         if !unused(&self.choice.cluster) && !unused(&self.choice.local) {
             return others.clone();
         }
         let mut all: Vec<Endpoint> = self.choice.cluster.iter().chain(self.choice.local.iter()).chain(others.iter()).copied().collect();
-        all.retain(|endpoint| !backends.contains(endpoint));
+        all.retain(|endpoint| !holds(backends, endpoint));
         all.sort();
         all.dedup();
-        all.into()
+        shared(&all)
     }
 }
 

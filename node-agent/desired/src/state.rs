@@ -1,8 +1,8 @@
 //! What was watched, in the least memory that the plan needs: an inert value with one mutator, [`State::apply`].
-use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use foldhash::{HashMap, HashSet};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -47,6 +47,12 @@ impl Touched {
         Self { all: true, ..Self::default() }
     }
 
+    pub fn add(&mut self, owner: Owner) {
+        if !self.all {
+            self.owners.insert(owner);
+        }
+    }
+
     pub fn is_empty(&self) -> bool {
         !self.all && self.owners.is_empty()
     }
@@ -54,7 +60,13 @@ impl Touched {
     pub fn merge(&mut self, other: Self) {
         self.all |= other.all;
         self.warnings.extend(other.warnings);
-        if self.all { self.owners.clear() } else { self.owners.extend(other.owners) }
+        if self.all {
+            self.owners.clear();
+        } else if self.owners.is_empty() {
+            self.owners = other.owners;
+        } else {
+            self.owners.extend(other.owners);
+        }
     }
 }
 
@@ -83,7 +95,8 @@ pub(crate) struct ServicePort {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Slice {
-    pub name: Arc<str>,
+    /// The object's own `namespace/name`.
+    pub name: ServiceName,
     pub family: Family,
     pub ports: Box<[SlicePort]>,
     pub endpoints: Box<[SliceEndpoint]>,
@@ -164,10 +177,10 @@ impl State {
         Self {
             node_name: node_name.into(),
             zone: None,
-            services: HashMap::new(),
-            slices: HashMap::new(),
-            slice_owners: HashMap::new(),
-            host_ports: HashMap::new(),
+            services: HashMap::default(),
+            slices: HashMap::default(),
+            slice_owners: HashMap::default(),
+            host_ports: HashMap::default(),
             interner: Interner::default(),
         }
     }
@@ -179,17 +192,20 @@ impl State {
             Change::Service(Watched::Applied(service)) => self.set_service(service, &mut touched),
             Change::Service(Watched::Deleted(service)) => self.drop_service(&name_of(&service.metadata), &mut touched),
             Change::Service(Watched::Replaced(all)) => {
-                let kept: HashSet<ServiceName> = all.iter().map(|service| name_of(&service.metadata)).collect();
-                let stale: Vec<_> = self.services.keys().filter(|name| !kept.contains(*name)).cloned().collect();
+                let stale = stale(self.services.keys(), all.iter().map(|service| &service.metadata));
                 stale.iter().for_each(|name| self.drop_service(name, &mut touched));
+                touched.all = self.services.is_empty() && !all.is_empty();
+                self.services.reserve(all.len().saturating_sub(self.services.len()));
                 all.iter().for_each(|service| self.set_service(service, &mut touched));
             }
             Change::EndpointSlice(Watched::Applied(slice)) => self.set_slice(slice, &mut touched),
             Change::EndpointSlice(Watched::Deleted(slice)) => self.drop_slice(&name_of(&slice.metadata), &mut touched),
             Change::EndpointSlice(Watched::Replaced(all)) => {
-                let kept: HashSet<ServiceName> = all.iter().map(|slice| name_of(&slice.metadata)).collect();
-                let stale: Vec<_> = self.slice_owners.keys().filter(|name| !kept.contains(*name)).cloned().collect();
+                let stale = stale(self.slice_owners.keys(), all.iter().map(|slice| &slice.metadata));
                 stale.iter().for_each(|name| self.drop_slice(name, &mut touched));
+                touched.all = self.slice_owners.is_empty() && !all.is_empty();
+                self.slice_owners.reserve(all.len().saturating_sub(self.slice_owners.len()));
+                self.slices.reserve(self.services.len().saturating_sub(self.slices.len()));
                 all.iter().for_each(|slice| self.set_slice(slice, &mut touched));
             }
             Change::Node(Watched::Applied(node)) => self.set_node(node, &mut touched),
@@ -199,8 +215,7 @@ impl State {
             Change::Pod(Watched::Applied(pod)) => self.set_pod(pod, &mut touched),
             Change::Pod(Watched::Deleted(pod)) => self.drop_pod(&name_of(&pod.metadata), &mut touched),
             Change::Pod(Watched::Replaced(all)) => {
-                let kept: HashSet<ServiceName> = all.iter().map(|pod| name_of(&pod.metadata)).collect();
-                let stale: Vec<_> = self.host_ports.keys().filter(|name| !kept.contains(*name)).cloned().collect();
+                let stale = stale(self.host_ports.keys(), all.iter().map(|pod| &pod.metadata));
                 stale.iter().for_each(|name| self.drop_pod(name, &mut touched));
                 all.iter().for_each(|pod| self.set_pod(pod, &mut touched));
             }
@@ -211,6 +226,13 @@ impl State {
     /// Everything that may ask for a frontend.
     pub(crate) fn owners(&self) -> impl Iterator<Item = Owner> {
         self.services.keys().cloned().map(Owner::Service).chain(self.host_ports.keys().cloned().map(Owner::Pod))
+    }
+
+    pub(crate) fn has(&self, owner: &Owner) -> bool {
+        match owner {
+            Owner::Service(name) => self.services.contains_key(name),
+            Owner::Pod(name) => self.host_ports.contains_key(name),
+        }
     }
 
     pub(crate) fn service(&self, name: &ServiceName) -> Option<&ServiceSpec> {
@@ -232,7 +254,7 @@ impl State {
             Some(spec) if self.services.get(&name) == Some(&spec) => {}
             Some(spec) => {
                 touched.warnings.extend(read::warning(&service.metadata));
-                touched.owners.insert(Owner::Service(name.clone()));
+                touched.add(Owner::Service(name.clone()));
                 self.services.insert(name, spec);
             }
         }
@@ -240,20 +262,22 @@ impl State {
 
     fn drop_service(&mut self, name: &ServiceName, touched: &mut Touched) {
         if self.services.remove(name).is_some() {
-            touched.owners.insert(Owner::Service(name.clone()));
+            touched.add(Owner::Service(name.clone()));
         }
     }
 
     fn set_slice(&mut self, object: &EndpointSlice, touched: &mut Touched) {
         let key = name_of(&object.metadata);
-        let Some((service, slice)) = read::slice(object, &self.node_name, &mut self.interner) else {
+        let Some((service, slice)) = read::slice(object, &key, &self.node_name, &mut self.interner) else {
             return self.drop_slice(&key, touched);
         };
+        // The Service's own name object is shared where it is known already.
+        let qualified = [key.namespace(), "/", service].concat();
+        let known = self.services.get_key_value(qualified.as_str()).map(|(known, _)| known.clone());
+        let service = known.unwrap_or_else(|| ServiceName::new(key.namespace(), service));
         if self.slice_owners.get(&key).is_some_and(|owner| *owner != service) {
             self.drop_slice(&key, touched);
         }
-        // The Service's own name object is shared where it is known already.
-        let service = self.services.get_key_value(&service).map_or(service, |(known, _)| known.clone());
         let slices = self.slices.entry(service.clone()).or_default();
         match slices.iter_mut().find(|known| known.name == slice.name) {
             Some(known) if *known == slice => return,
@@ -263,19 +287,19 @@ impl State {
                 slices.push(slice);
             }
         }
-        touched.owners.insert(Owner::Service(service.clone()));
+        touched.add(Owner::Service(service.clone()));
         self.slice_owners.insert(key, service);
     }
 
     fn drop_slice(&mut self, key: &ServiceName, touched: &mut Touched) {
         let Some(service) = self.slice_owners.remove(key) else { return };
         if let Some(slices) = self.slices.get_mut(&service) {
-            slices.retain(|slice| &*slice.name != key.name());
+            slices.retain(|slice| slice.name != *key);
             if slices.is_empty() {
                 self.slices.remove(&service);
             }
         }
-        touched.owners.insert(Owner::Service(service));
+        touched.add(Owner::Service(service));
     }
 
     fn set_node(&mut self, node: &Node, touched: &mut Touched) {
@@ -297,16 +321,25 @@ impl State {
             return self.drop_pod(&name, touched);
         }
         if self.host_ports(&name) != &*ports {
-            touched.owners.insert(Owner::Pod(name.clone()));
+            touched.add(Owner::Pod(name.clone()));
             self.host_ports.insert(name, ports);
         }
     }
 
     fn drop_pod(&mut self, name: &ServiceName, touched: &mut Touched) {
         if self.host_ports.remove(name).is_some() {
-            touched.owners.insert(Owner::Pod(name.clone()));
+            touched.add(Owner::Pod(name.clone()));
         }
     }
+}
+
+/// What is known but not listed.
+fn stale<'a>(known: impl ExactSizeIterator<Item = &'a ServiceName>, listed: impl Iterator<Item = &'a ObjectMeta>) -> Vec<ServiceName> {
+    if known.len() == 0 {
+        return Vec::new();
+    }
+    let listed: HashSet<ServiceName> = listed.map(name_of).collect();
+    known.filter(|name| !listed.contains(*name)).cloned().collect()
 }
 
 pub(crate) fn name_of(metadata: &ObjectMeta) -> ServiceName {

@@ -1,10 +1,11 @@
 //! What the node should do with traffic to Services: frontends and where each leads.
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use foldhash::HashMap;
 use ipnet::IpNet;
 
 use crate::diff::{Delta, gone};
@@ -163,6 +164,9 @@ pub struct HealthCheck {
     pub local_endpoints: usize,
 }
 
+/// What the frontends that an update touched were before it.
+type Before = HashMap<Frontend, Option<Box<Entry>>>;
+
 /// The whole node's Service path.
 #[derive(Clone, Debug, Default)]
 pub struct Table {
@@ -202,20 +206,38 @@ impl Table {
 
     /// Brings the table up to date with the owners that changed in `state`; cost follows their number, not the table's size.
     pub fn update(&mut self, state: &State, touched: &Touched) -> Delta {
-        let mut work: Vec<Owner> = if touched.all {
-            state.owners().chain(self.claims.keys().cloned()).collect::<BTreeSet<_>>().into_iter().collect()
-        } else {
-            touched.owners.iter().cloned().collect()
-        };
-        work.sort();
-        let mut before: HashMap<Frontend, Option<Entry>> = HashMap::new();
-        while let Some(owner) = work.pop() {
-            self.update_owner(state, &owner, &mut before, &mut work);
-        }
+        let before = self.advance(state, touched);
         self.delta_since(before)
     }
 
-    fn update_owner(&mut self, state: &State, owner: &Owner, before: &mut HashMap<Frontend, Option<Entry>>, work: &mut Vec<Owner>) {
+    /// The same for a kernel of unknown content.
+    pub fn update_unknown(&mut self, state: &State, touched: &Touched) -> Delta {
+        let before = self.advance(state, touched);
+        let known = before.iter().filter_map(|(frontend, previous)| Some((*frontend, previous.as_deref()?)));
+        let gone = known.flat_map(|(frontend, previous)| gone(frontend, previous, self.entries.get(&frontend)));
+        Delta { gone: gone.collect(), ..Delta::full(self) }
+    }
+
+    fn advance(&mut self, state: &State, touched: &Touched) -> Before {
+        let mut work: Vec<Owner> = if touched.all {
+            state.owners().chain(self.claims.keys().filter(|owner| !state.has(owner)).cloned()).collect()
+        } else {
+            touched.owners.iter().cloned().collect()
+        };
+        let mut before = Before::default();
+        if self.entries.is_empty() {
+            // Most Services have one frontend.
+            self.entries.reserve(work.len());
+            self.claims.reserve(work.len());
+            before.reserve(work.len());
+        }
+        while let Some(owner) = work.pop() {
+            self.update_owner(state, &owner, &mut before, &mut work);
+        }
+        before
+    }
+
+    fn update_owner(&mut self, state: &State, owner: &Owner, before: &mut Before, work: &mut Vec<Owner>) {
         let planned = plan::plan(state, owner);
         if let Owner::Service(name) = owner {
             match plan::health_check(state, name) {
@@ -224,20 +246,20 @@ impl Table {
             };
         }
         let wanted: Box<[Frontend]> = planned.iter().map(|(frontend, _)| *frontend).collect();
-        for frontend in self.claims.remove(owner).unwrap_or_default() {
-            if !wanted.contains(&frontend) {
-                self.release(owner, frontend, before, work);
-            }
-        }
+        let unwanted: Vec<Frontend> =
+            self.claims.get(owner).into_iter().flatten().filter(|frontend| !wanted.contains(frontend)).copied().collect();
+        unwanted.into_iter().for_each(|frontend| self.release(owner, frontend, before, work));
         for (frontend, entry) in planned {
             self.claim(owner, frontend, entry, before);
         }
-        if !wanted.is_empty() {
+        if wanted.is_empty() {
+            self.claims.remove(owner);
+        } else {
             self.claims.insert(owner.clone(), wanted);
         }
     }
 
-    fn release(&mut self, owner: &Owner, frontend: Frontend, before: &mut HashMap<Frontend, Option<Entry>>, work: &mut Vec<Owner>) {
+    fn release(&mut self, owner: &Owner, frontend: Frontend, before: &mut Before, work: &mut Vec<Owner>) {
         let mut heir = None;
         if let Some(rivals) = self.contested.get_mut(&frontend) {
             rivals.remove(owner);
@@ -247,14 +269,18 @@ impl Table {
             }
         }
         if self.entries.get(&frontend).is_some_and(|entry| entry.owner() == *owner) {
-            let entry = self.entries.remove(&frontend);
+            let entry = self.entries.remove(&frontend).map(Box::new);
             before.entry(frontend).or_insert(entry);
             work.extend(heir);
         }
     }
 
-    fn claim(&mut self, owner: &Owner, frontend: Frontend, entry: Entry, before: &mut HashMap<Frontend, Option<Entry>>) {
-        if let Some(holder) = self.entries.get(&frontend).map(Entry::owner)
+    fn claim(&mut self, owner: &Owner, frontend: Frontend, entry: Entry, before: &mut Before) {
+        let current = self.entries.get(&frontend);
+        if current == Some(&entry) {
+            return;
+        }
+        if let Some(holder) = current.map(Entry::owner)
             && holder != *owner
         {
             let rivals = self.contested.entry(frontend).or_default();
@@ -263,19 +289,17 @@ impl Table {
                 return;
             }
         }
-        if self.entries.get(&frontend) != Some(&entry) {
-            let previous = self.entries.insert(frontend, entry);
-            before.entry(frontend).or_insert(previous);
-        }
+        let previous = self.entries.insert(frontend, entry).map(Box::new);
+        before.entry(frontend).or_insert(previous);
     }
 
-    fn delta_since(&self, before: HashMap<Frontend, Option<Entry>>) -> Delta {
+    fn delta_since(&self, before: Before) -> Delta {
         let mut delta = Delta::default();
         let mut changed: Vec<_> = before.into_iter().collect();
-        changed.sort_by_key(|(frontend, _)| *frontend);
+        changed.sort_unstable_by_key(|(frontend, _)| *frontend);
         for (frontend, previous) in changed {
             let current = self.entries.get(&frontend);
-            if previous.as_ref() == current {
+            if previous.as_deref() == current {
                 continue;
             }
             delta.push(frontend, previous, current.is_some(), |previous| gone(frontend, previous, current));

@@ -1,17 +1,15 @@
 //! The whole run: all contenders in their beds at once, one number of Services after the other.
 use std::fs;
 use std::path::PathBuf;
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use crate::api::{self, Hub};
-use crate::bed::{Bed, Place, memory};
+use crate::bed::memory;
 use crate::contender::{Contender, Entrant, Programs};
-use crate::program::Programmed;
 use crate::report::{Report, Scale};
-use crate::{endure, rounds};
+use crate::{endure, program, rounds};
 
 #[derive(clap::Args)]
 pub struct Dataplane {
@@ -108,7 +106,7 @@ fn measure(options: &Dataplane, directory: &std::path::Path, report: &mut Report
     }
     drop(entrants);
     if !options.no_programming {
-        program(&hub, directory, report)?;
+        report.programmed = program::all(&hub.namespace, directory)?;
     }
     Ok(())
 }
@@ -126,25 +124,4 @@ fn settle(entrants: &mut [Entrant], services: u32) -> Result<Vec<(Contender, f64
     // Late work of the agents is over when the measuring begins.
     std::thread::sleep(Duration::from_secs(3));
     Ok(agents)
-}
-
-fn program(hub: &Hub, directory: &std::path::Path, report: &mut Report) -> Result<()> {
-    let cases = [
-        ("ebpf, 10,000 Services x 4", "ebpf", 10_000, 4, 200),
-        ("nftables, 10,000 Services x 4", "nftables", 10_000, 4, 200),
-        ("ebpf, 50,000 Services x 1", "ebpf", 50_000, 1, 0),
-        ("nftables, cold start of 44,000 x 4", "nftables", 44_000, 4, 0),
-    ];
-    for (number, (what, mode, services, endpoints, changes)) in (100..).zip(cases) {
-        let bed = Bed::new(&format!("program-{number}"), number, &hub.namespace, directory)?;
-        let mut command = bed.plain(Place::Node, std::env::current_exe()?)?;
-        command.args(["program", "--mode", mode, "--services", &services.to_string(), "--endpoints", &endpoints.to_string()]);
-        command.args(["--changes", &changes.to_string(), "--cgroup"]).arg(&bed.cgroup);
-        let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
-        ensure!(output.status.success(), "{what}: {}", output.status);
-        let programmed: Programmed = serde_json::from_slice(&output.stdout).with_context(|| format!("{what}: read the figures"))?;
-        eprintln!("{what}: {programmed:?}");
-        report.programmed.push((what.into(), programmed));
-    }
-    Ok(())
 }

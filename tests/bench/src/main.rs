@@ -10,6 +10,7 @@ mod report;
 mod rounds;
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -38,6 +39,11 @@ enum Role {
     UntilFreed(load::Wait),
     /// Bring Services to this namespace's kernel, and say how long it took
     Program(program::Program),
+    /// Measure how fast the kernel follows, alone
+    Programming {
+        #[arg(long)]
+        report: PathBuf,
+    },
     /// Measure the Service path against kube-proxy
     Dataplane(dataplane::Dataplane),
 }
@@ -52,6 +58,7 @@ fn main() -> Result<()> {
         Role::Hold(hold) => load::hold(&hold),
         Role::UntilFreed(wait) => load::until_freed(&wait),
         Role::Program(program) => program::run(&program),
+        Role::Programming { report } => program::report(&report),
         Role::Dataplane(options) => dataplane::run(&options),
     }
 }

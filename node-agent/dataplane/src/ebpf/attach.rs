@@ -38,10 +38,8 @@ impl Pins {
         Self::mount(root)?;
         // Another layout's maps aren't touched until this one has taken over.
         let pins = Self::at(root);
-        for folder in [pins.links(), pins.shared()] {
-            fs::create_dir_all(&folder).map_err(|error| BackendError::kernel(format!("create {}", folder.display()), error))?;
-        }
-        pins.settle()?;
+        create_folder(&pins.links())?;
+        create_folder(&pins.maps())?;
         Ok(pins)
     }
 
@@ -63,45 +61,13 @@ impl Pins {
         self.root.join("links")
     }
 
-    pub fn shared(&self) -> PathBuf {
-        self.version().join("shared")
+    pub fn maps(&self) -> PathBuf {
+        self.version().join("maps")
     }
 
     /// Of the programs that police pods; they outlive the Service path.
     pub fn policy(&self) -> PathBuf {
         self.root.join("policy")
-    }
-
-    pub fn tables(&self) -> PathBuf {
-        self.version().join("tables")
-    }
-
-    /// Larger maps in the making.
-    pub fn next_tables(&self) -> PathBuf {
-        self.version().join("tables_next")
-    }
-
-    /// Ends a change of size that was cut short: whatever maps are named `tables` are whole.
-    fn settle(&self) -> Result<()> {
-        if self.tables().join("frontends").exists() {
-            remove_folder(&self.next_tables())
-        } else if self.next_tables().join("frontends").exists() {
-            self.adopt_next_tables()
-        } else {
-            create_folder(&self.tables())
-        }
-    }
-
-    pub fn begin_next_tables(&self) -> Result<PathBuf> {
-        remove_folder(&self.next_tables())?;
-        create_folder(&self.next_tables())?;
-        Ok(self.next_tables())
-    }
-
-    /// The programs in place use the new maps: the old ones go.
-    pub fn adopt_next_tables(&self) -> Result<()> {
-        remove_folder(&self.tables())?;
-        fs::rename(self.next_tables(), self.tables()).map_err(|error| BackendError::kernel("rename the new tables' folder", error))
     }
 
     /// What agents of another layout left.
@@ -113,6 +79,11 @@ impl Pins {
             }
         }
         Ok(())
+    }
+
+    /// Forgets the maps of this layout.
+    pub fn remove_maps(&self) -> Result<()> {
+        remove_folder(&self.version())
     }
 
     /// Detaches everything and forgets every map.
@@ -192,12 +163,6 @@ pub fn open_cgroup(path: &Path) -> Result<File> {
         return Err(BackendError::failed(what(), "it is in no cgroup2 file system"));
     }
     File::open(path).map_err(|error| BackendError::kernel(what(), error))
-}
-
-/// The programs that have to be in the object.
-pub fn programs() -> impl Iterator<Item = String> {
-    let hooks = HOOKS.iter().map(|(hook, _)| *hook).chain(INTERFACE_HOOKS.iter().map(|hook| hook.name));
-    hooks.map(|hook| format!("outrigger_{hook}"))
 }
 
 /// Puts the programs in their places, each in the former one's stead by one atomic step.

@@ -27,13 +27,13 @@ pub struct Line {
 
 /// Reads the maps pinned in `pin_dir`, sorted by address. Works beside a running agent and without one.
 pub fn frontends(pin_dir: &Path) -> Result<Vec<Line>> {
-    let tables = Tables::open(&Pins::at(pin_dir).tables())?;
+    let tables = Tables::open(&Pins::at(pin_dir).maps())?;
     let mut found = tables.frontends.entries()?;
     found.sort_by_key(|(key, _)| (key.addr.sort_key(), key.port.host(), key.protocol));
     let slots = tables.slots.entries()?;
     let endpoints = |range: abi::Range| {
         let slots = slots.iter().skip(range.base as usize).take(range.count as usize);
-        slots.map(|(_, slot)| SocketAddr::new(slot.addr.ip(), slot.port.host())).collect()
+        slots.map(|slot| SocketAddr::new(slot.addr.ip(), slot.port.host())).collect()
     };
     let line = |(key, value): &(abi::FrontendKey, abi::Frontend)| {
         let counters = tables.counters.get(value.service)?;

@@ -22,29 +22,14 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    pub const INITIAL: Self = Self { frontends: 1 << 14, slots: 1 << 16, services: 1 << 14, maglev: 1 << 12 };
-
-    pub fn hold(&self, needed: &Self) -> bool {
-        self.frontends >= needed.frontends && self.slots >= needed.slots && self.services >= needed.services && self.maglev >= needed.maglev
-    }
-
-    /// Room for `needed` and a quarter more, never less than before.
-    pub fn grown(&self, needed: &Self) -> Self {
-        let more = |need: u32| need.saturating_add(need / 4);
-        let grow = |have: u32, need: u32| if have >= need { have } else { more(need).next_power_of_two() };
-        Self {
-            frontends: grow(self.frontends, needed.frontends),
-            slots: grow(self.slots, needed.slots),
-            services: grow(self.services, needed.services),
-            // By far the largest elements: to the next power of two they could take twice what they need.
-            maglev: if self.maglev >= needed.maglev { self.maglev } else { more(needed.maglev) },
-        }
-    }
+    /// Maglev tables take room once there are any.
+    pub const INITIAL: Self = Self { frontends: 1 << 14, slots: 1 << 16, services: 1 << 14, maglev: 0 };
 }
 
+/// The maps of maps that hold the table.
 const TABLE_MAPS: [&str; 5] = ["frontends", "cluster_ips", "slots", "counters", "maglev"];
-/// Maps that outlive a change of size, with how many elements they hold.
-const SHARED_MAPS: [(&str, u32); 10] = [
+/// Maps of one size, with how many elements they hold.
+const FIXED_MAPS: [(&str, u32); 10] = [
     ("node_addresses", 4096),
     ("source_ranges", 1 << 16),
     ("affinity", 1 << 15),
@@ -81,38 +66,20 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// Loads the programs around the maps pinned in `tables` and `shared`; maps that aren't there yet are made and pinned.
-    pub fn load(tables: &Path, shared: &Path, sizes: &Sizes, host_namespace: u64) -> Result<Self> {
+    /// Loads the programs around the maps pinned in `folder`; maps that aren't there yet are made and pinned.
+    pub fn load(folder: &Path, host_namespace: u64) -> Result<Self> {
         let mut loader = EbpfLoader::new();
-        // There are no more cluster IPs than frontends.
-        let sizes = [sizes.frontends, sizes.frontends, sizes.slots, sizes.services, sizes.maglev];
-        for (name, size) in TABLE_MAPS.into_iter().zip(sizes) {
-            loader.map_max_entries(name, size).map_pin_path(name, tables.join(name));
-        }
-        for (name, size) in SHARED_MAPS {
-            loader.map_pin_path(name, shared.join(name));
+        TABLE_MAPS.into_iter().for_each(|name| _ = loader.map_pin_path(name, folder.join(name)));
+        for (name, size) in FIXED_MAPS {
+            loader.map_pin_path(name, folder.join(name));
             if size != 0 {
                 loader.map_max_entries(name, size);
             }
         }
-        Self::load_with(&mut loader, &host_namespace)
-    }
-
-    /// Loads everything unpinned and minimal, to learn whether this kernel takes it.
-    pub fn try_load() -> Result<Self> {
-        let mut loader = EbpfLoader::new();
-        for (name, _) in SHARED_MAPS.into_iter().filter(|(_, size)| *size != 0) {
-            loader.map_max_entries(name, 64);
-        }
-        TABLE_MAPS.into_iter().for_each(|name| _ = loader.map_max_entries(name, 64));
-        Self::load_with(&mut loader, &0)
-    }
-
-    fn load_with<'a>(loader: &mut EbpfLoader<'a>, host_namespace: &'a u64) -> Result<Self> {
         if let Some(reason) = unusable() {
             return Err(BackendError::failed("load the eBPF programs", reason));
         }
-        Self::load_object(loader.override_global("HOST_NAMESPACE", host_namespace, true), OBJECT)
+        Self::load_object(loader.override_global("HOST_NAMESPACE", &host_namespace, true), OBJECT)
     }
 
     pub(crate) fn load_object(loader: &mut EbpfLoader<'_>, object: &[u8]) -> Result<Self> {

@@ -1,11 +1,12 @@
 //! Service traffic by eBPF: sockets of the node and its pods are led to backends when they connect or send.
 //!
-//! [`plan`] says what the maps should hold (pure; [`maglev`] makes tables, [`space`] finds room), [`load`] brings maps and programs into the kernel, [`maps`] reads and writes them,
-//! [`attach`] holds the programs in place by pinned links, [`restore`] reads a former agent's maps back, [`sockets`] ends what
-//! still points at a gone backend, [`sweep`] forgets connections that are over, [`activity`] says whether there are any, [`ports`] keeps the node's
-//! own sockets off their ports, [`inspect`] shows what the maps say.
+//! [`plan`] says what the maps should hold (pure; [`maglev`] makes tables, [`space`] finds room), [`load`] brings maps and programs into
+//! the kernel, [`maps`] reads and writes them, [`attach`] holds the programs in place by pinned links, [`restore`] reads a former agent's
+//! maps back, [`ending`] and [`sockets`] end what still points at a gone backend, [`sweep`] forgets connections that are over,
+//! [`activity`] says whether there are any, [`ports`] keeps the node's own sockets off their ports, [`inspect`] shows what the maps say.
 mod activity;
 pub(crate) mod attach;
+mod ending;
 pub mod inspect;
 pub(crate) mod load;
 mod maglev;
@@ -18,13 +19,14 @@ mod space;
 mod sweep;
 pub(crate) mod sys;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
+use foldhash::{HashMap, HashSet};
 use ipnet::IpNet;
 use outrigger_abi as abi;
 use outrigger_desired::{self as desired, Delta, Entry, Family, Frontend, Protocol, ServicePortName, Table};
@@ -34,56 +36,51 @@ use crate::backend::{Applied, Backend, BackendError, Counted, Live, Parting, Pen
 use crate::config::{Config, Mode, PodInterfaces};
 use crate::namespace::{self, Address, Changes, Namespace};
 use attach::{Interface, Pins};
+use ending::{Ender, Lost, Reach};
 use load::{Programs, Sizes};
 use maps::{Shared, Tables};
-use plan::{Batch, Layout};
+use plan::Layout;
 use sweep::Sweep;
 
 /// How often the kernel is asked whether the node's interfaces or addresses changed.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The first feature that this kernel or build lacks, or `None` when eBPF can carry Service traffic here.
-pub fn missing(config: &Config) -> Option<String> {
-    if let Some(reason) = load::unusable() {
-        return Some(reason.into());
-    }
-    let tried = attach::open_cgroup(&config.cgroup2_path)
-        .map(drop)
-        .and_then(|()| Pins::mount(&config.pin_dir))
-        .and_then(|()| namespace::cookie().map(drop).map_err(|error| BackendError::kernel("read the network namespace's cookie", error)))
-        .and_then(|()| Programs::try_load())
-        .and_then(|programs| attach::programs().try_for_each(|name| programs.program(&name).map(drop)));
-    tried.err().map(|error| error.to_string())
-}
-
 /// Whether programs in place have frontends to lead to.
 pub fn is_left(config: &Config) -> bool {
-    let tables = Pins::at(&config.pin_dir).tables();
-    tables.join("frontends").exists()
-        && Tables::open(&tables).and_then(|tables| tables.frontends.entries()).is_ok_and(|frontends| !frontends.is_empty())
+    Tables::open(&Pins::at(&config.pin_dir).maps())
+        .and_then(|tables| tables.frontends.entries())
+        .is_ok_and(|frontends| !frontends.is_empty())
 }
 
+/// Opening is the probe: the kernel has to take all programs.
 pub fn open(config: &Config) -> Result<Box<dyn Backend>> {
-    if let Some(reason) = load::unusable() {
-        return Err(BackendError::Unsupported { mode: Mode::Ebpf, missing: reason.into() });
+    if let Some(missing) = load::unusable() {
+        return Err(BackendError::Unsupported { mode: Mode::Ebpf, missing: missing.into() });
     }
-    Ok(Box::new(Ebpf::open(config)?))
+    let is_first = !Pins::at(&config.pin_dir).maps().exists();
+    let opened = Ebpf::open(config);
+    if opened.is_err() && is_first {
+        // A kernel that can't use them keeps none of the maps. What can't be taken away says less than why eBPF can't be used.
+        let _ = Pins::at(&config.pin_dir).remove_maps();
+    }
+    Ok(Box::new(opened?))
 }
 
 struct Ebpf {
-    cgroup_path: PathBuf,
     cgroup: File,
     pins: Pins,
     nodeport_addresses: Vec<IpNet>,
     node_ips: Vec<IpAddr>,
     cluster_cidrs: Vec<IpNet>,
     pod_interfaces: Option<PodInterfaces>,
-    node: Namespace,
-    host_namespace: u64,
+    reach: Arc<Reach>,
+    ender: Ender,
     programs: Programs,
     tables: Tables,
-    shared: Shared,
+    shared: Arc<Shared>,
     layout: Layout,
+    /// The layout is what the maps hold.
+    known: bool,
     /// Some Service port has source ranges.
     narrowed: bool,
     /// The programs of this agent are in place.
@@ -105,23 +102,25 @@ impl Ebpf {
         if let Err(error) = node.run(ports::reserve).and_then(|reserved| reserved) {
             tracing::warn!(%error, "the node's own connections may meet those that are sent on in its name");
         }
-        let programs = Programs::load(&pins.tables(), &pins.shared(), &Sizes::INITIAL, host_namespace)?;
-        let tables = Tables::open(&pins.tables())?;
-        let shared = Shared::open(&pins.shared())?;
+        let programs = Programs::load(&pins.maps(), host_namespace)?;
+        let tables = Tables::prepare(&pins.maps(), &Sizes::INITIAL)?;
+        let shared = Arc::new(Shared::open(&pins.maps())?);
+        let reach = Arc::new(Reach { maps: shared.clone(), node, cgroup_path: config.cgroup2_path.clone() });
+        let ender = Ender::start(reach.clone())?;
         Ok(Self {
-            cgroup_path: config.cgroup2_path.clone(),
             cgroup,
             pins,
             nodeport_addresses: config.nodeport_addresses.clone(),
             node_ips: config.node_ips.clone(),
             cluster_cidrs: config.cluster_cidrs.clone(),
             pod_interfaces: config.pod_interfaces.clone(),
-            node,
-            host_namespace,
+            reach,
+            ender,
             programs,
             tables,
             shared,
             layout: Layout::default(),
+            known: false,
             narrowed: false,
             attached: false,
             attached_to: Vec::new(),
@@ -130,29 +129,21 @@ impl Ebpf {
         })
     }
 
-    fn sizes(&self) -> Sizes {
-        let Tables { frontends, slots, maglev, counters, .. } = &self.tables;
-        Sizes { frontends: frontends.capacity, slots: slots.capacity, services: counters.capacity, maglev: maglev.capacity }
-    }
-
     fn apply_now(&mut self, table: &Table, delta: &Delta) -> Result<Applied> {
-        if delta.full {
+        if !std::mem::take(&mut self.known) {
             // The mirror may be wrong after a failure; the kernel isn't.
             self.layout = restore::read(&self.tables)?;
         }
         let batch = self.layout.apply(table, delta, &self.node_ips);
         let (upserted, removed) = (batch.puts.len(), batch.deletes.len());
         self.update_source_ranges(table, delta)?;
-        if self.sizes().hold(&self.layout.needed()) {
-            write(&self.tables, &batch)?;
-            if delta.full {
-                self.tables.cluster_ips.settle(self.layout.cluster_ips())?;
-            }
-            if !self.attached {
-                attach::attach_cgroup(&self.programs, &self.cgroup, &self.pins)?;
-            }
-        } else {
-            self.grow()?;
+        self.ender.spare(|| alive(table, delta));
+        let exact = self.tables.write(&batch, &self.layout)?;
+        if delta.full && !exact {
+            self.tables.cluster_ips.settle(self.layout.cluster_ips())?;
+        }
+        if !self.attached {
+            attach::attach_cgroup(&self.programs, &self.cgroup, &self.pins)?;
         }
         if delta.full || self.changes.any() {
             self.update_addresses()?;
@@ -161,7 +152,13 @@ impl Ebpf {
             self.pins.remove_other_versions()?;
             self.attached = true;
         }
-        let ended = self.end(table, delta);
+        self.known = true;
+        let ended = if delta.full {
+            self.end_stale(table, delta)
+        } else {
+            self.ender.doom(lost(delta));
+            0
+        };
         Ok(Applied { upserted, removed, ended })
     }
 
@@ -176,31 +173,14 @@ impl Ebpf {
         Ok(())
     }
 
-    /// Fills larger maps beside those in use and turns the programs to them; readers see one or the other, each whole.
-    fn grow(&mut self) -> Result<()> {
-        let sizes = self.sizes().grown(&self.layout.needed());
-        tracing::info!(frontends = sizes.frontends, backends = sizes.slots, services = sizes.services, "eBPF maps grow");
-        let folder = self.pins.begin_next_tables()?;
-        let programs = Programs::load(&folder, &self.pins.shared(), &sizes, self.host_namespace)?;
-        let tables = Tables::open(&folder)?;
-        write(&tables, &self.layout.dump())?;
-        attach::attach_cgroup(&programs, &self.cgroup, &self.pins)?;
-        self.programs = programs;
-        self.attached_to.clear();
-        self.update_addresses()?;
-        self.pins.adopt_next_tables()?;
-        self.tables = tables;
-        Ok(())
-    }
-
     /// Keeps to the node's addresses, which NodePorts and host ports are reached by, and to its interfaces.
     fn update_addresses(&mut self) -> Result<()> {
         let failed = |error| BackendError::kernel("list the node's interfaces", error);
         let look = || -> io::Result<_> { Ok((namespace::addresses()?, namespace::interfaces()?)) };
-        let (addresses, names) = self.node.run(look).map_err(failed)?.map_err(failed)?;
+        let (addresses, names) = self.reach.node.run(look).map_err(failed)?.map_err(failed)?;
         self.shared.node_addresses.settle(node_addresses(&addresses, &self.nodeport_addresses))?;
         let uplinks = uplinks(&addresses, &self.node_ips, &self.cluster_cidrs, self.pod_interfaces.as_ref());
-        let Self { node, node_ips, programs, pins, shared, attached_to, .. } = self;
+        let Self { reach, node_ips, programs, pins, shared, attached_to, .. } = self;
         let attach = || -> Result<Vec<Interface>> {
             // Those that are gone by now have no index.
             let indexed = |name: String| Some(Interface { index: nix::net::if_::if_nametoindex(name.as_str()).ok()?, name });
@@ -212,80 +192,31 @@ impl Ebpf {
             }
             Ok(interfaces)
         };
-        self.attached_to = node.run(attach).map_err(failed)??;
+        self.attached_to = reach.node.run(attach).map_err(failed)??;
         Ok(())
     }
 
-    /// Ends what still points at gone backends: those that the delta names or, after a start, those that the table no longer knows.
-    fn end(&self, table: &Table, delta: &Delta) -> usize {
-        if delta.gone.is_empty() && !delta.full {
-            return 0;
-        }
-        let gone: HashSet<(abi::FrontendKey, SocketAddr)> =
-            delta.gone.iter().map(|gone| (plan::key(&gone.frontend), gone.backend)).collect();
-        let is_doomed = |peer: &abi::Peer| {
-            let backend = SocketAddr::new(peer.backend.addr.ip(), peer.backend.port.host());
-            let exact = abi::FrontendKey::new(peer.frontend.addr, peer.frontend.port, peer.protocol as u8);
-            let by_node = abi::FrontendKey { addr: exact.addr.node(), ..exact };
-            gone.contains(&(exact, backend)) || gone.contains(&(by_node, backend)) || (delta.full && is_stale(table, peer, backend))
-        };
-        self.end_flows(&is_doomed) + self.end_sockets(&is_doomed)
-    }
-
-    /// Packets of an ended TCP flow reach the node itself, which answers them by a reset.
-    fn end_flows(&self, is_doomed: &impl Fn(&abi::Peer) -> bool) -> usize {
-        let flows = match self.shared.flows.entries() {
-            Ok(flows) => flows,
-            Err(error) => {
-                tracing::warn!(%error, "flows to gone backends are left to time out");
-                return 0;
-            }
-        };
-        let opens = flows.iter().filter(|(_, flow)| flow.flags & abi::flow_flags::REPLY == 0);
-        let mut ended = 0;
-        for (tuple, flow) in opens {
-            let peer = abi::Peer {
-                frontend: abi::Endpoint::new(tuple.dst, tuple.dport),
-                backend: abi::Endpoint::new(flow.to.dst, flow.to.dport),
-                protocol: tuple.protocol.into(),
-                ..abi::Peer::default()
-            };
-            if is_doomed(&peer) {
-                // Each may have been evicted meanwhile.
-                let gone = self.shared.flows.delete(tuple).and_then(|gone| Ok(self.shared.flows.delete(&flow.to.reversed())? | gone));
-                ended += usize::from(gone.unwrap_or(false));
-            }
-        }
-        ended
-    }
-
-    fn end_sockets(&self, is_doomed: &(impl Fn(&abi::Peer) -> bool + Sync)) -> usize {
-        let namespaces = match namespace::below(&self.cgroup_path, &self.node) {
-            Ok(namespaces) => namespaces,
-            Err(error) => {
-                tracing::warn!(%error, cgroup = %self.cgroup_path.display(), "sockets of gone backends are left to time out");
-                return 0;
-            }
-        };
-        let (ended, error) = sockets::end(&namespaces, &self.shared, is_doomed);
-        if let Some(error) = error {
-            tracing::warn!(%error, "some sockets of gone backends are left to time out");
-        }
-        ended
+    /// After a start there is no list of what has gone meanwhile, so each connection is held against the table.
+    fn end_stale(&self, table: &Table, delta: &Delta) -> usize {
+        let gone: HashSet<Lost> = lost(delta).collect();
+        self.reach.end(&|peer: &abi::Peer| {
+            let names = ending::names_of(peer);
+            names.iter().any(|name| gone.contains(name)) || is_stale(table, peer, names[0].1)
+        })
     }
 
     fn teardown_now(&mut self, parting: Parting) -> Result<()> {
         match parting {
             // Without frontends nothing new is led anywhere; the notes on live sockets still translate their replies.
             Parting::Handover => {
-                let keys = self.tables.frontends.entries()?;
-                keys.iter().try_for_each(|(key, _)| self.tables.frontends.delete(key).map(drop))?;
-                self.tables.cluster_ips.settle(HashMap::new())?;
+                let keys: Vec<_> = self.tables.frontends.entries()?.into_iter().map(|(key, _)| key).collect();
+                self.tables.frontends.delete_all(&keys)?;
+                self.tables.cluster_ips.settle(HashMap::default())?;
                 self.layout = Layout::default();
                 Ok(())
             }
             Parting::Final => {
-                if let Err(error) = self.node.run(ports::release).and_then(|released| released) {
+                if let Err(error) = self.reach.node.run(ports::release).and_then(|released| released) {
                     tracing::warn!(%error, "ports stay reserved that nobody needs");
                 }
                 self.pins.remove()
@@ -294,16 +225,13 @@ impl Ebpf {
     }
 }
 
-fn write(tables: &Tables, batch: &Batch) -> Result<()> {
-    batch.fresh_services.iter().try_for_each(|&service| tables.counters.reset(service))?;
-    tables.slots.put_all(&batch.slots)?;
-    tables.maglev.put_all(&batch.maglev)?;
-    tables.frontends.put_all(&batch.puts)?;
-    batch.deletes.iter().try_for_each(|key| tables.frontends.delete(key).map(drop))?;
-    for (addr, came) in &batch.cluster_ips {
-        if *came { tables.cluster_ips.put(addr, &1)? } else { _ = tables.cluster_ips.delete(addr)? }
-    }
-    Ok(())
+fn lost(delta: &Delta) -> impl Iterator<Item = Lost> {
+    delta.gone.iter().map(|gone| (plan::key(&gone.frontend), gone.backend))
+}
+
+fn alive<'a>(table: &'a Table, delta: &'a Delta) -> impl Iterator<Item = Lost> + 'a {
+    let changed = delta.upserts.iter().filter_map(|upsert| Some((plan::key(&upsert.frontend), table.get(&upsert.frontend)?)));
+    changed.flat_map(|(key, entry)| entry.alive().map(move |endpoint| (key, endpoint.socket())))
 }
 
 /// A socket whose backend its frontend no longer has. Where the frontend is gone too, TCP connections are left to their
@@ -385,6 +313,7 @@ impl Backend for Ebpf {
     fn restore(&mut self) -> Pending<'_, Result<Restored>> {
         Box::pin(async {
             self.layout = restore::read(&self.tables)?;
+            self.known = true;
             Ok(Restored { frontends: self.layout.len() })
         })
     }
@@ -406,10 +335,18 @@ impl Backend for Ebpf {
         })
     }
 
+    fn ended(&mut self) -> usize {
+        self.ender.ended()
+    }
+
+    fn finish(&mut self) -> Pending<'_, ()> {
+        Box::pin(async { tokio::task::block_in_place(|| self.ender.finish()) })
+    }
+
     fn lookup(&self, frontend: &Frontend, outside: bool) -> Result<Option<Vec<SocketAddr>>> {
         let Some(value) = self.tables.frontends.get(&plan::key(frontend))? else { return Ok(None) };
         let range = if outside { value.external } else { value.internal };
-        let slots = (range.base..range.base + range.count).filter_map(|index| self.tables.slots.get(&index).transpose());
+        let slots = (range.base..range.base + range.count).filter_map(|index| self.tables.slots.get(index).transpose());
         slots.map(|slot| slot.map(|slot| SocketAddr::new(slot.addr.ip(), slot.port.host()))).collect::<Result<Vec<_>>>().map(Some)
     }
 
@@ -418,8 +355,8 @@ impl Backend for Ebpf {
         let Some(value) = self.tables.frontends.get(&key)?.filter(|value| value.maglev.count != 0) else { return Ok(None) };
         let hash = hash::connection(&client.ip().into(), abi::Port::new(client.port()), key.port, key.protocol);
         let place = service::scale(hash, value.maglev.count);
-        let Some(block) = self.tables.maglev.get(&(value.maglev.base + place / abi::MAGLEV_BLOCK))? else { return Ok(None) };
-        let slot = self.tables.slots.get(&(value.external.base + block.get(place)))?;
+        let Some(block) = self.tables.maglev.get(value.maglev.base + place / abi::MAGLEV_BLOCK)? else { return Ok(None) };
+        let slot = self.tables.slots.get(value.external.base + block.get(place))?;
         Ok(slot.map(|slot| SocketAddr::new(slot.addr.ip(), slot.port.host())))
     }
 
@@ -435,7 +372,7 @@ impl Backend for Ebpf {
     }
 
     fn live(&self, _: &Table) -> Result<Vec<Live>> {
-        let namespaces = namespace::below(&self.cgroup_path, &self.node);
+        let namespaces = namespace::below(&self.reach.cgroup_path, &self.reach.node);
         let namespaces = namespaces.map_err(|error| BackendError::kernel("find the pods' network namespaces", error))?;
         let mut all = sockets::list(&namespaces, &self.shared).map_err(|error| BackendError::kernel("list sockets", error))?;
         let opens = self

@@ -3,12 +3,13 @@
 //! A set of backends is a range of slots that is never changed while a frontend names it: a change writes a new range, then turns
 //! the frontends to it, and frees the old range for the next change. So each frontend goes from the old set to the new in one step. The
 //! Maglev table of a set that clients outside reach is kept likewise.
+use std::collections::VecDeque;
 use std::collections::hash_map::Entry as MapEntry;
-use std::collections::{HashMap, HashSet, VecDeque};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use foldhash::{HashMap, HashSet};
 use outrigger_abi as abi;
 use outrigger_desired::{
     Address, Balancing, Delta, Endpoint, Entry, Family, Frontend, Kind, Masquerade, NoEndpoints, Protocol, ServicePortName, Table,
@@ -82,15 +83,15 @@ pub struct Layout {
 impl Default for Layout {
     fn default() -> Self {
         Self {
-            frontends: HashMap::new(),
-            by_name: HashMap::new(),
-            cluster_ips: HashMap::new(),
+            frontends: HashMap::default(),
+            by_name: HashMap::default(),
+            cluster_ips: HashMap::default(),
             services: vec![Service::default()],
             free_services: VecDeque::new(),
-            by_set: HashMap::new(),
-            by_base: HashMap::new(),
+            by_set: HashMap::default(),
+            by_base: HashMap::default(),
             space: Space::new(1, space::piece),
-            maglev: HashMap::new(),
+            maglev: HashMap::default(),
             maglev_space: Space::new(0, maglev::piece),
             leaving: Vec::new(),
             leaving_maglev: Vec::new(),
@@ -171,23 +172,14 @@ impl Layout {
         }
     }
 
-    /// The whole content, for maps that are empty.
-    pub fn dump(&self) -> Batch {
-        let mut batch = Batch::default();
-        for (&base, held) in &self.by_base {
-            batch.slots.extend(slots(base, &held.set));
-            if let Some(places) = self.maglev.get(&base) {
-                batch.maglev.extend((places.range.base..).zip(table(&held.set.endpoints)));
-            }
-        }
-        batch.puts.extend(self.frontends.iter().map(|(key, value)| (*key, *value)));
-        batch.cluster_ips.extend(self.cluster_ips.keys().map(|addr| (*addr, true)));
-        batch
+    /// All frontends, for a map that is empty.
+    pub fn frontends(&self) -> Vec<(abi::FrontendKey, abi::Frontend)> {
+        self.frontends.iter().map(|(key, value)| (*key, *value)).collect()
     }
 
     /// Who may connect to the Service ports that don't take everybody.
     pub fn source_ranges(&self, table: &Table) -> HashMap<abi::SourceRange, u32> {
-        let mut ranges = HashMap::new();
+        let mut ranges = HashMap::default();
         for (_, entry) in table.iter().filter(|(_, entry)| !entry.source_ranges.is_empty()) {
             let Some(&service) = self.by_name.get(&entry.service) else { continue };
             ranges.extend(
@@ -213,6 +205,9 @@ impl Layout {
             self.maglev_space.free(blocks(range));
         }
         let mut batch = Batch::default();
+        if self.frontends.is_empty() {
+            self.reserve(delta.upserts.len(), &mut batch);
+        }
         for upsert in &delta.upserts {
             if let Some(entry) = table.get(&upsert.frontend) {
                 self.put(&upsert.frontend, entry, node_ips, &mut batch);
@@ -221,7 +216,8 @@ impl Layout {
         for removal in &delta.removals {
             self.remove(&key(&removal.frontend), &mut batch);
         }
-        if delta.full {
+        // All of the table's are among them by now.
+        if delta.full && self.frontends.len() > table.len() {
             let wanted: HashSet<_> = table.iter().map(|(frontend, _)| key(frontend)).collect();
             let mut stale: Vec<_> = self.frontends.keys().filter(|key| !wanted.contains(key)).copied().collect();
             stale.sort_by_key(|key| (key.addr.sort_key(), key.port.host(), key.protocol));
@@ -230,11 +226,25 @@ impl Layout {
         batch
     }
 
+    /// Room for this many frontends; most have a Service, an address and a set of their own.
+    fn reserve(&mut self, frontends: usize, batch: &mut Batch) {
+        self.frontends.reserve(frontends);
+        self.by_name.reserve(frontends);
+        self.cluster_ips.reserve(frontends);
+        self.services.reserve(frontends);
+        self.by_set.reserve(frontends);
+        self.by_base.reserve(frontends);
+        batch.puts.reserve(frontends);
+    }
+
     fn put(&mut self, frontend: &Frontend, entry: &Entry, node_ips: &[IpAddr], batch: &mut Batch) {
         let key = key(frontend);
         let service = self.service(&entry.service, &key, batch);
         let internal = self.hold(service, entry.short_circuit.as_ref().unwrap_or(&entry.backends), batch);
-        let external = self.hold(service, &entry.backends, batch);
+        let external = match &entry.short_circuit {
+            Some(_) => self.hold(service, &entry.backends, batch),
+            None => self.share(internal),
+        };
         let affinity = entry.affinity.map_or(0, |time| u32::try_from(time.as_secs()).unwrap_or(u32::MAX));
         // Few clients outside find their way to a cluster IP, and there may be tens of thousands.
         let maglev = if entry.kind == Kind::ClusterIp { abi::Range::default() } else { self.hold_table(external, &entry.backends, batch) };
@@ -321,6 +331,14 @@ impl Layout {
         self.services[id as usize].name = Some(name.clone());
         self.by_name.insert(name.clone(), id);
         id
+    }
+
+    /// The same range once more.
+    fn share(&mut self, range: abi::Range) -> abi::Range {
+        if let Some(held) = self.by_base.get_mut(&range.base) {
+            held.users += 1;
+        }
+        range
     }
 
     /// The range that holds exactly these backends, written if there is none yet.

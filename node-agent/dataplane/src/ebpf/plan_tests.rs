@@ -22,9 +22,9 @@ impl Node {
         Self {
             listener: Listener::default(),
             layout: Layout::default(),
-            frontends: HashMap::new(),
-            slots: HashMap::new(),
-            maglev: HashMap::new(),
+            frontends: HashMap::default(),
+            slots: HashMap::default(),
+            maglev: HashMap::default(),
         }
     }
 

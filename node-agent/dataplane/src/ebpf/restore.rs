@@ -1,8 +1,4 @@
 //! Reads the maps that a former agent left back into a layout.
-use std::collections::HashMap;
-
-use outrigger_abi as abi;
-
 use super::maps::Tables;
 use super::plan::Layout;
 use crate::backend::Result;
@@ -12,6 +8,6 @@ pub fn read(tables: &Tables) -> Result<Layout> {
     if frontends.is_empty() {
         return Ok(Layout::default());
     }
-    let slots: HashMap<u32, abi::Slot> = tables.slots.entries()?.into_iter().filter(|(_, slot)| slot.service != 0).collect();
-    Ok(Layout::adopt(frontends, |index| slots.get(&index).copied()))
+    let slots = tables.slots.entries()?;
+    Ok(Layout::adopt(frontends, |index| slots.get(index as usize).filter(|slot| slot.service != 0).copied()))
 }

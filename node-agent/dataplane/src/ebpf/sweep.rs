@@ -1,7 +1,7 @@
 //! Forgets connections that are over, before the map of flows has to do so by itself and may choose one that lives.
-use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
+use foldhash::{HashMap, HashSet};
 use outrigger_abi as abi;
 
 use super::activity::Activity;
@@ -102,6 +102,6 @@ mod tests {
         ]
         .concat();
         let ports = over(&entries, 1000 * SECOND).iter().map(|tuple| (tuple.sport.host(), tuple.dport.host())).collect::<HashSet<_>>();
-        assert_eq!(ports, [(1, 80), (8080, 1), (4, 80), (8080, 4)].into());
+        assert_eq!(ports, HashSet::from_iter([(1, 80), (8080, 1), (4, 80), (8080, 4)]));
     }
 }

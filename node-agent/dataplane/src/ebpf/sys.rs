@@ -5,14 +5,17 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+const MAP_CREATE: u32 = 0;
 const MAP_LOOKUP_ELEM: u32 = 1;
 const MAP_UPDATE_ELEM: u32 = 2;
 const MAP_DELETE_ELEM: u32 = 3;
 const OBJ_PIN: u32 = 6;
 const OBJ_GET: u32 = 7;
+const MAP_GET_FD_BY_ID: u32 = 14;
 const OBJ_GET_INFO_BY_FD: u32 = 15;
 const MAP_LOOKUP_BATCH: u32 = 24;
 const MAP_UPDATE_BATCH: u32 = 26;
+const MAP_DELETE_BATCH: u32 = 27;
 const LINK_CREATE: u32 = 28;
 const LINK_UPDATE: u32 = 29;
 const LINK_DETACH: u32 = 34;
@@ -57,6 +60,52 @@ pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let name = path_string(path)?;
     let mut attr = ObjAttr { pathname: name.as_ptr() as u64, bpf_fd: object.as_raw_fd() as u32, file_flags: 0 };
     bpf(OBJ_PIN, &mut attr).map(drop)
+}
+
+#[repr(C)]
+struct CreateAttr {
+    kind: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
+    inner_map_fd: u32,
+    numa_node: u32,
+    name: [u8; 16],
+}
+
+/// Makes a map that can be an element of a map of maps; `template` says what it is like but for its size.
+pub(super) fn map_create(name: &str, template: &MapInfo, max_entries: u32) -> io::Result<OwnedFd> {
+    let mut attr = CreateAttr {
+        kind: template.kind,
+        key_size: template.key_size,
+        value_size: template.value_size,
+        max_entries,
+        map_flags: template.map_flags,
+        inner_map_fd: 0,
+        numa_node: 0,
+        name: [0; 16],
+    };
+    // The last byte stays zero.
+    attr.name.iter_mut().zip(name.bytes().take(15)).for_each(|(to, byte)| *to = byte);
+    bpf(MAP_CREATE, &mut attr).map(owned)
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct IdAttr {
+    id: u32,
+    next_id: u32,
+    open_flags: u32,
+}
+
+/// The map that a map of maps has at `index`; its elements read as ids.
+pub(super) fn inner_map(outer: &OwnedFd, index: u32) -> io::Result<Option<OwnedFd>> {
+    let mut attr = IdAttr::default();
+    if !lookup(outer, &index, &mut attr.id)? {
+        return Ok(None);
+    }
+    bpf(MAP_GET_FD_BY_ID, &mut attr).map(owned).map(Some)
 }
 
 #[repr(C)]
@@ -198,12 +247,12 @@ struct BatchAttr {
     flags: u64,
 }
 
-/// Writes all elements in one call.
+/// Writes all elements in one call; where each CPU has its own, an element has that many values.
 pub(crate) fn update_batch<K, V>(map: &OwnedFd, keys: &[K], values: &[V]) -> io::Result<()> {
-    debug_assert_eq!(keys.len(), values.len());
     if keys.is_empty() {
         return Ok(());
     }
+    debug_assert!(values.len().is_multiple_of(keys.len()));
     let mut attr = BatchAttr {
         keys: address(keys),
         values: address(values),
@@ -212,6 +261,20 @@ pub(crate) fn update_batch<K, V>(map: &OwnedFd, keys: &[K], values: &[V]) -> io:
         ..BatchAttr::default()
     };
     bpf(MAP_UPDATE_BATCH, &mut attr).map(drop)
+}
+
+/// Deletes all elements in one call, those that there are.
+pub(super) fn delete_batch<K>(map: &OwnedFd, mut keys: &[K]) -> io::Result<()> {
+    while !keys.is_empty() {
+        let mut attr = BatchAttr { keys: address(keys), count: keys.len() as u32, map_fd: map.as_raw_fd() as u32, ..BatchAttr::default() };
+        match bpf(MAP_DELETE_BATCH, &mut attr) {
+            Ok(_) => return Ok(()),
+            // The one after those that were deleted isn't there.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => keys = keys.get(attr.count as usize + 1..).unwrap_or_default(),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Where a batched read goes on.

@@ -23,6 +23,7 @@ pub(super) struct Kernel {
     around: Surroundings,
     model: Model,
     connection: Connection,
+    conntrack: Connection,
     /// The table in use.
     table: String,
 }
@@ -32,7 +33,7 @@ impl Kernel {
         let connection = Connection::open(NETLINK_NETFILTER)
             .and_then(|connection| connection.allow_large_messages().map(|()| connection))
             .map_err(|error| BackendError::kernel("open a netlink socket for nftables", error))?;
-        Ok(Self { around, model: Model::default(), connection, table: String::new() })
+        Ok(Self { around, model: Model::default(), connection, conntrack: open_conntrack()?, table: String::new() })
     }
 
     pub fn apply(&mut self, table: &Table, delta: &Delta) -> Result<Applied> {
@@ -43,8 +44,12 @@ impl Kernel {
             self.transact(&self.table, &ops)?;
         }
         // After the rules: what is translated anew meets the new ones.
-        let ended =
-            conntrack::sweep(table, delta).map_err(|error| BackendError::kernel("end tracked connections to gone backends", error))?;
+        let swept = conntrack::sweep(&self.conntrack, table, delta);
+        if swept.is_err() {
+            // Answers to what failed may still be on their way.
+            self.conntrack = open_conntrack()?;
+        }
+        let ended = swept.map_err(|error| BackendError::kernel("end tracked connections to gone backends", error))?;
         Ok(Applied { upserted: delta.upserts.len(), removed: delta.removals.len(), ended })
     }
 
@@ -84,6 +89,10 @@ impl Kernel {
             BackendError::kernel(format!("apply an nftables transaction of {} steps", ops.len()), error)
         })
     }
+}
+
+fn open_conntrack() -> Result<Connection> {
+    Connection::open(NETLINK_NETFILTER).map_err(|error| BackendError::kernel("open a netlink socket for connection tracking", error))
 }
 
 /// The names of our tables, whoever made them. Only names are listed.

@@ -80,7 +80,7 @@ impl Model {
         }
         for upsert in &delta.upserts {
             if let Some(entry) = table.get(&upsert.frontend) {
-                self.put(upsert.frontend, entry, upsert.previous.as_ref().filter(|_| !delta.full), node_ips, &mut steps);
+                self.put(upsert.frontend, entry, upsert.previous.as_deref().filter(|_| !delta.full), node_ips, &mut steps);
             }
         }
         steps.in_order()

@@ -2,12 +2,13 @@
 //!
 //! Maps are written before a program hangs on an interface or a pod turns to other rules, and cleared after it. All is pinned, so
 //! nothing opens while no agent runs.
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use aya::EbpfLoader;
+use foldhash::HashMap;
 use nix::time::{ClockId, clock_gettime};
 use outrigger_abi as abi;
 use outrigger_abi::policy::{Drops, OPEN, Peer, Pod, PortKey};
@@ -146,7 +147,7 @@ impl Ebpf {
             maps,
             plan: Plan::above(&[], &[]),
             settled: false,
-            policed: HashMap::new(),
+            policed: HashMap::default(),
             attached: HashSet::new(),
             isolated: BTreeMap::new(),
         })

@@ -15,7 +15,6 @@ use outrigger_desired::policy::PolicyTable;
 
 use crate::backend::{BackendError, Result};
 use crate::config::{Config, Mode};
-use crate::probe;
 
 /// What one apply did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -50,12 +49,8 @@ pub trait Enforcer: Send {
     fn teardown(&mut self) -> Result<()>;
 }
 
-/// The best enforcer that this kernel can carry beside the configured way of carrying Services. The error says what each lacks.
-pub fn open(config: &Config) -> Result<Box<dyn Enforcer>> {
-    open_beside(config, probe::probe(config, config.mode)?.mode)
-}
-
-/// To be called again when Services are carried in another way.
+/// The best enforcer that this kernel can carry beside this way of carrying Services; the error says what each lacks. To be called
+/// again when Services are carried in another way.
 pub fn open_beside(config: &Config, services: Mode) -> Result<Box<dyn Enforcer>> {
     let no_ebpf = match services {
         Mode::Ebpf => ebpf::missing(config),

@@ -124,7 +124,13 @@ impl Agent {
         if std::mem::take(&mut self.full) {
             delta = Delta { gone: delta.gone, ..Delta::full(&self.table) };
         }
-        self.runtime.block_on(self.backend.apply(&self.table, &delta)).unwrap_or_else(|error| panic!("{error}"))
+        // Where waiting for the work beside it is allowed: on a thread of the runtime.
+        let (backend, table) = (&mut self.backend, &self.table);
+        self.runtime.block_on(async {
+            let applied = backend.apply(table, &delta).await.unwrap_or_else(|error| panic!("{error}"));
+            backend.finish().await;
+            Applied { ended: applied.ended + backend.ended(), ..applied }
+        })
     }
 
     /// Without doing anything yet.

@@ -96,7 +96,8 @@ fn source_ranges(texts: &[String]) -> Box<[IpNet]> {
     ranges.into_iter().filter(|net| !(if net.addr().is_ipv4() { open4 } else { open6 })).collect()
 }
 
-pub(super) fn slice(object: &EndpointSlice, node: &str, interner: &mut Interner) -> Option<(ServiceName, Slice)> {
+/// The slice, and the name of its Service, which is in the same namespace.
+pub(super) fn slice<'a>(object: &'a EndpointSlice, name: &ServiceName, node: &str, interner: &mut Interner) -> Option<(&'a str, Slice)> {
     let labels = &object.metadata.labels;
     if has_label(labels, PROXY_NAME_LABEL) || has_label(labels, HEADLESS_LABEL) {
         return None;
@@ -116,9 +117,7 @@ pub(super) fn slice(object: &EndpointSlice, node: &str, interner: &mut Interner)
     });
     let ports = ports.collect();
     let endpoints = object.endpoints.iter().filter_map(|endpoint| slice_endpoint(endpoint, family, node, interner)).collect();
-    let namespace = object.metadata.namespace.as_deref().unwrap_or_default();
-    let name = object.metadata.name.as_deref().unwrap_or_default().into();
-    Some((ServiceName::new(namespace, service), Slice { name, family, ports, endpoints }))
+    Some((service, Slice { name: name.clone(), family, ports, endpoints }))
 }
 
 fn slice_endpoint(endpoint: &Endpoint, family: Family, node: &str, interner: &mut Interner) -> Option<SliceEndpoint> {
