@@ -432,12 +432,12 @@ pub mod flow_flags {
     pub const FIN: u32 = 1 << 2;
     /// A RST passed, or FINs in both directions: the next SYN starts anew.
     pub const CLOSED: u32 = 1 << 3;
-    /// Opened by a pod's packet, not from outside.
+    /// Its packets come by an interface of pods, not by an uplink; an answer that leaves goes by one.
     pub const POD: u32 = 1 << 4;
 }
 
-/// The array `activity`: whether there are flows at all, so that nobody pays for what nobody uses. One element for those that pods opened,
-/// one for those from outside.
+/// The array `activity`: whether there are flows at all, so that nobody pays for what nobody uses. One element for those with
+/// `flow_flags::POD`, one for the others.
 pub mod activity {
     pub const POD: u32 = 0;
     pub const OUTSIDE: u32 = 1;

@@ -213,6 +213,8 @@ pub fn open<T: Tables, F: Flows>(
     } else if !kept {
         let mut source = flows.source_towards(&to.src, &to.dst);
         if source == Addr::default() {
+            // No uplink leads there, so answers come as a pod's packets do.
+            flow.flags |= flow_flags::POD;
             source = if packet.tuple.src.is_v4() { node.v4 } else { node.v6 };
         }
         flow.flags |= flow_flags::REDIRECT;
@@ -221,7 +223,7 @@ pub fn open<T: Tables, F: Flows>(
             return Action::Drop;
         }
     }
-    flow.flags &= !flow_flags::REPLY;
+    flow.flags = flow.flags & flow_flags::REDIRECT | origin;
     flow.to = *to;
     flows.set_flow(&packet.tuple, &flow);
     if flow.flags & flow_flags::REDIRECT == 0 { Action::Rewrite } else { Action::Forward }

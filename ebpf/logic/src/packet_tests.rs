@@ -197,6 +197,8 @@ fn one_client_port_may_reach_one_backend_by_two_frontends() {
     assert_eq!(arrives(&fake, packet(CLIENT, NODE, SYN)).0, Action::Rewrite);
     let (action, second) = arrives(&fake, packet(CLIENT, "172.16.0.1:30081", SYN));
     assert_eq!((action, second.src), (Action::Forward, endpoint(NODE).addr));
+    let from_pod = |tuple: &Tuple| fake.flow(tuple).unwrap().flags & flow_flags::POD != 0;
+    assert!(from_pod(&second.reversed()) && !from_pod(&tuple(CLIENT, "172.16.0.1:30081")), "the answers come by the pod's interface");
     assert_eq!(arrives(&fake, Packet { tuple: second.reversed(), tcp: ACK, part: Part::Whole }).1, tuple("172.16.0.1:30081", CLIENT));
     assert_eq!(leaves(&fake, packet("10.0.0.1:80", CLIENT, ACK)).1, tuple(NODE, CLIENT));
 }
