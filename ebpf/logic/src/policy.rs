@@ -73,16 +73,12 @@ pub const fn of_icmp(v4: bool, message: u8) -> Kind {
     }
 }
 
-/// Neighbour discovery, and the listener reports without which bridges wouldn't carry it. It has to stay on the link, or it could
-/// carry anything anywhere: its destination is the link's, or no router has passed it on.
+/// Neighbour discovery. It has to stay on the link, or it could carry anything anywhere: its destination is the link's, or no router
+/// has passed it on.
 #[inline(always)]
 pub const fn is_neighbour(direction: Direction, message: u8, dst: &Addr, hops: u8) -> bool {
     let link = is_link_local(dst) || u32::from_be(dst.0[0]) >> 16 == 0xff02;
-    match message {
-        133..=137 => link || (matches!(direction, Direction::Ingress) && hops == 255),
-        130..=132 | 143 => link,
-        _ => false,
-    }
+    matches!(message, 133..=137) && (link || (matches!(direction, Direction::Ingress) && hops == 255))
 }
 
 /// What is read of a packet.
