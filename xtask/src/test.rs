@@ -41,9 +41,9 @@ pub fn run(options: &Options) -> Result<()> {
             // What does not depend on the mode runs in the first one. In userspace mode the agent itself carries the
             // connections, so they can't outlive it: there the crash test has nothing to show.
             let tests: &[&str] = match (index, mode.as_str()) {
-                (_, "userspace") => &["services"],
-                (0, _) => &["workloads", "images", "services", "crash"],
-                _ => &["services", "crash"],
+                (_, "userspace") => &["services", "policy"],
+                (0, _) => &["workloads", "images", "services", "policy", "crash"],
+                _ => &["services", "policy", "crash"],
             };
             end_to_end(mode, tests)?;
         }
