@@ -1,8 +1,9 @@
 //! What hosts say to each other.
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 
 use crate::lab::Host;
 
@@ -116,11 +117,9 @@ pub fn ping(host: &Host, to: &str) -> bool {
     let to: std::net::IpAddr = to.parse().unwrap();
     host.run(move || {
         let (domain, protocol, request) =
-            if to.is_ipv4() { (libc::AF_INET, libc::IPPROTO_ICMP, 8) } else { (libc::AF_INET6, libc::IPPROTO_ICMPV6, 128) };
+            if to.is_ipv4() { (AddressFamily::Inet, SockProtocol::Icmp, 8) } else { (AddressFamily::Inet6, SockProtocol::IcmpV6, 128) };
         std::fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647").unwrap();
-        // SAFETY: plain calls; the descriptor is this function's alone.
-        let socket = unsafe { OwnedFd::from_raw_fd(libc::socket(domain, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, protocol)) };
-        assert!(socket.as_raw_fd() >= 0, "{}", std::io::Error::last_os_error());
+        let socket = socket(domain, SockType::Datagram, SockFlag::SOCK_CLOEXEC, protocol).unwrap();
         // Sends and receives are the same as for datagrams.
         let socket = UdpSocket::from(socket);
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
