@@ -316,7 +316,7 @@ impl Backend for Ebpf {
             {
                 tracing::warn!(%error, "interfaces and addresses that Services are reached by may be out of date");
             }
-            self.sweep.flows(&self.shared.flows);
+            self.sweep.flows(&self.shared);
             Some(LOOK_INTERVAL)
         })
     }

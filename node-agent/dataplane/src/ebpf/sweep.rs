@@ -1,10 +1,12 @@
 //! Forgets connections that are over, before the map of flows has to do so by itself and may choose one that lives.
+use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use foldhash::HashMap;
 use outrigger_abi as abi;
 
-use super::maps::Map;
+use super::maps::{Map, Shared};
 
 const INTERVAL: Duration = Duration::from_secs(30);
 /// So full the map is about to forget connections by itself.
@@ -19,30 +21,38 @@ const STREAM: u64 = 24 * 3600 * SECOND;
 #[derive(Debug, Default)]
 pub struct Sweep {
     last: Option<Instant>,
+    running: Option<JoinHandle<()>>,
 }
 
 impl Sweep {
-    /// Does its work when it is time for that.
-    pub fn flows(&mut self, flows: &Map<abi::Tuple, abi::Flow>) {
-        if self.last.is_some_and(|last| last.elapsed() < INTERVAL) {
+    /// Does its work when it is time for that, on a thread of its own: a full map takes longer than a change may wait.
+    pub fn flows(&mut self, maps: &Arc<Shared>) {
+        let is_busy = self.running.as_ref().is_some_and(|running| !running.is_finished());
+        if is_busy || self.last.is_some_and(|last| last.elapsed() < INTERVAL) {
             return;
         }
         self.last = Some(Instant::now());
-        let entries = match flows.entries() {
-            Ok(entries) => entries,
-            Err(error) => return tracing::warn!(%error, "connections that are over stay in the map of flows"),
-        };
-        let over = over(&entries, now());
-        let left = entries.len() - over.len();
-        for tuple in over {
-            // One that went meanwhile needs nothing more, and what fails now is swept the next time.
-            if let Err(error) = flows.delete(&tuple) {
-                tracing::debug!(%error, "a flow stays");
-            }
+        let maps = maps.clone();
+        match std::thread::Builder::new().name("sweep".into()).spawn(move || sweep(&maps.flows)) {
+            Ok(running) => self.running = Some(running),
+            Err(error) => tracing::warn!(%error, "connections that are over stay in the map of flows"),
         }
-        if left as f64 > ALARM * f64::from(flows.capacity) {
-            tracing::warn!(flows = left, capacity = flows.capacity, "the map of flows is nearly full: the oldest connections will be cut");
-        }
+    }
+}
+
+fn sweep(flows: &Map<abi::Tuple, abi::Flow>) {
+    let entries = match flows.entries() {
+        Ok(entries) => entries,
+        Err(error) => return tracing::warn!(%error, "connections that are over stay in the map of flows"),
+    };
+    let over = over(&entries, now());
+    let left = entries.len() - over.len();
+    // What fails now is swept the next time.
+    if let Err(error) = flows.delete_all(&over) {
+        tracing::debug!(%error, "flows stay");
+    }
+    if left as f64 > ALARM * f64::from(flows.capacity) {
+        tracing::warn!(flows = left, capacity = flows.capacity, "the map of flows is nearly full: the oldest connections will be cut");
     }
 }
 
