@@ -66,21 +66,33 @@ pub struct Mirror<K> {
     // Held while the state changes, so that a new subscriber's snapshot and its deltas have no gap.
     subscribers: Arc<Mutex<Subscribers<K>>>,
     synced: watch::Sender<bool>,
+    /// Objects are handed to the first subscriber and forgotten.
+    passing: bool,
 }
 
 impl<K> Clone for Mirror<K> {
     fn clone(&self) -> Self {
-        Self { objects: self.objects.clone(), subscribers: self.subscribers.clone(), synced: self.synced.clone() }
+        Self { objects: self.objects.clone(), subscribers: self.subscribers.clone(), synced: self.synced.clone(), passing: self.passing }
     }
 }
 
 impl<K: Object> Default for Mirror<K> {
     fn default() -> Self {
-        Self { objects: Arc::default(), subscribers: Arc::new(Mutex::new(Subscribers(Vec::new()))), synced: watch::Sender::new(false) }
+        Self {
+            objects: Arc::default(),
+            subscribers: Arc::new(Mutex::new(Subscribers(Vec::new()))),
+            synced: watch::Sender::new(false),
+            passing: false,
+        }
     }
 }
 
 impl<K: Object> Mirror<K> {
+    /// For a kind that has one subscriber, who keeps what it needs: tens of thousands of objects take a hundred megabytes.
+    pub fn passing() -> Self {
+        Self { passing: true, ..Self::default() }
+    }
+
     pub fn get(&self, key: &Key) -> Option<Arc<K>> {
         self.read().get(key).cloned()
     }
@@ -107,6 +119,9 @@ impl<K: Object> Mirror<K> {
         if self.is_synced() {
             // The receiver is in hand, so the send can't fail.
             let _ = sender.send(Delta::Replaced(Arc::new(self.list())));
+            if self.passing {
+                *self.objects.write().unwrap_or_else(std::sync::PoisonError::into_inner) = HashMap::new();
+            }
         }
         subscribers.0.push(sender);
         receiver
@@ -116,8 +131,8 @@ impl<K: Object> Mirror<K> {
     pub fn replace(&self, objects: Vec<K>) {
         let mut subscribers = lock(&self.subscribers);
         let objects: Vec<Arc<K>> = objects.into_iter().map(Arc::new).collect();
-        *self.objects.write().unwrap_or_else(std::sync::PoisonError::into_inner) =
-            objects.iter().map(|object| (Key::of(&**object), object.clone())).collect();
+        let kept = objects.iter().filter(|_| self.keeps(&subscribers)).map(|object| (Key::of(&**object), object.clone()));
+        *self.objects.write().unwrap_or_else(std::sync::PoisonError::into_inner) = kept.collect();
         self.synced.send_replace(true);
         subscribers.send(&Delta::Replaced(Arc::new(objects)));
     }
@@ -125,7 +140,9 @@ impl<K: Object> Mirror<K> {
     pub fn apply(&self, object: K) {
         let mut subscribers = lock(&self.subscribers);
         let object = Arc::new(object);
-        self.objects.write().unwrap_or_else(std::sync::PoisonError::into_inner).insert(Key::of(&*object), object.clone());
+        if self.keeps(&subscribers) {
+            self.objects.write().unwrap_or_else(std::sync::PoisonError::into_inner).insert(Key::of(&*object), object.clone());
+        }
         subscribers.send(&Delta::Applied(object));
     }
 
@@ -134,6 +151,10 @@ impl<K: Object> Mirror<K> {
         let object = Arc::new(object);
         self.objects.write().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&Key::of(&*object));
         subscribers.send(&Delta::Deleted(object));
+    }
+
+    fn keeps(&self, subscribers: &Subscribers<K>) -> bool {
+        !self.passing || subscribers.0.is_empty()
     }
 
     fn read(&self) -> std::sync::RwLockReadGuard<'_, HashMap<Key, Arc<K>>> {
@@ -174,5 +195,16 @@ mod tests {
         assert!(matches!(subscription.recv().await, Some(Delta::Deleted(a)) if a.name_any() == "a"));
         assert_eq!(mirror.list().len(), 1);
         assert!(mirror.get(&Key::new("default", "b")).is_some());
+    }
+
+    #[tokio::test]
+    async fn what_passes_is_held_until_somebody_takes_it() {
+        let mirror = Mirror::<ConfigMap>::passing();
+        mirror.replace(vec![config_map("a")]);
+        let mut subscription = mirror.subscribe();
+        assert!(matches!(subscription.recv().await, Some(Delta::Replaced(all)) if all.len() == 1));
+        mirror.apply(config_map("b"));
+        assert!(matches!(subscription.recv().await, Some(Delta::Applied(b)) if b.name_any() == "b"));
+        assert_eq!(mirror.list().len(), 0);
     }
 }

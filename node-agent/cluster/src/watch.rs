@@ -6,7 +6,7 @@ use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::runtime::{WatchStreamExt, watcher};
-use kube::{Api, Client};
+use kube::{Api, Client, Resource};
 use outrigger_client::Decoded;
 use serde::de::DeserializeOwned;
 use tokio::task::JoinHandle;
@@ -45,7 +45,11 @@ const SERVED: &str = "!service.kubernetes.io/service-proxy-name,!service.kuberne
 impl Watch {
     /// Starts a watch per kind; they run until the returned tasks are aborted.
     pub fn start(client: &Client, node_name: &str, extent: Extent) -> (Self, Vec<JoinHandle<()>>) {
-        let watch = Self::default();
+        let mut watch = Self::default();
+        if !extent.all_services {
+            // The proxy alone wants them.
+            (watch.services, watch.endpoint_slices) = (Mirror::passing(), Mirror::passing());
+        }
         let all = watcher::Config::default;
         let nodes = if extent.all_nodes { all() } else { all().fields(&format!("metadata.name={node_name}")) };
         let services = || if extent.all_services { all() } else { all().labels(SERVED) };
@@ -74,7 +78,9 @@ where
     K::DynamicType: Default,
 {
     let kind = K::kind(&K::DynamicType::default()).into_owned();
-    let mut events = watcher(api, config).default_backoff().boxed();
+    // Who manages which field is often longer than the rest, and nobody here asks. kube-proxy drops it, too.
+    let forget = |object: &mut Decoded<K>| object.meta_mut().managed_fields = None;
+    let mut events = watcher(api, config).default_backoff().modify(forget).boxed();
     let mut initial = Vec::new();
     while let Some(event) = events.next().await {
         match event {

@@ -330,7 +330,7 @@ impl Backend for Ebpf {
             {
                 tracing::warn!(%error, "interfaces and addresses that Services are reached by may be out of date");
             }
-            self.sweep.flows(&self.shared.flows, &self.shared.activity);
+            self.sweep.flows(&self.shared);
             Some(LOOK_INTERVAL)
         })
     }

@@ -1,11 +1,12 @@
 //! Forgets connections that are over, before the map of flows has to do so by itself and may choose one that lives.
+use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use foldhash::{HashMap, HashSet};
 use outrigger_abi as abi;
 
-use super::activity::Activity;
-use super::maps::Map;
+use super::maps::Shared;
 
 const INTERVAL: Duration = Duration::from_secs(30);
 /// So full the map is about to forget connections by itself.
@@ -20,36 +21,45 @@ const STREAM: u64 = 24 * 3600 * SECOND;
 #[derive(Debug, Default)]
 pub struct Sweep {
     last: Option<Instant>,
+    running: Option<JoinHandle<()>>,
 }
 
 impl Sweep {
-    /// Does its work when it is time for that.
-    pub fn flows(&mut self, flows: &Map<abi::Tuple, abi::Flow>, activity: &Activity) {
-        if self.last.is_some_and(|last| last.elapsed() < INTERVAL) {
+    /// Does its work when it is time for that, on a thread of its own: a full map takes longer than a change may wait.
+    pub fn flows(&mut self, maps: &Arc<Shared>) {
+        let is_busy = self.running.as_ref().is_some_and(|running| !running.is_finished());
+        if is_busy || self.last.is_some_and(|last| last.elapsed() < INTERVAL) {
             return;
         }
         self.last = Some(Instant::now());
-        // Flows that are there by now will be seen; for later ones the programs end the doubt.
-        activity.doubt();
-        let entries = match flows.entries() {
-            Ok(entries) => entries,
-            Err(error) => return tracing::warn!(%error, "connections that are over stay in the map of flows"),
-        };
-        let over = over(&entries, now());
-        let left = entries.len() - over.len();
-        activity.settle(|kind| {
-            let origin = if kind == abi::activity::POD { abi::flow_flags::POD } else { 0 };
-            entries.iter().any(|(tuple, flow)| flow.flags & abi::flow_flags::POD == origin && !over.contains(tuple))
-        });
-        for tuple in over {
-            // One that went meanwhile needs nothing more, and what fails now is swept the next time.
-            if let Err(error) = flows.delete(&tuple) {
-                tracing::debug!(%error, "a flow stays");
-            }
+        let maps = maps.clone();
+        match std::thread::Builder::new().name("sweep".into()).spawn(move || sweep(&maps)) {
+            Ok(running) => self.running = Some(running),
+            Err(error) => tracing::warn!(%error, "connections that are over stay in the map of flows"),
         }
-        if left as f64 > ALARM * f64::from(flows.capacity) {
-            tracing::warn!(flows = left, capacity = flows.capacity, "the map of flows is nearly full: the oldest connections will be cut");
-        }
+    }
+}
+
+fn sweep(maps: &Shared) {
+    let Shared { flows, activity, .. } = maps;
+    // Flows that are there by now will be seen; for later ones the programs end the doubt.
+    activity.doubt();
+    let entries = match flows.entries() {
+        Ok(entries) => entries,
+        Err(error) => return tracing::warn!(%error, "connections that are over stay in the map of flows"),
+    };
+    let over = over(&entries, now());
+    let left = entries.len() - over.len();
+    activity.settle(|kind| {
+        let origin = if kind == abi::activity::POD { abi::flow_flags::POD } else { 0 };
+        entries.iter().any(|(tuple, flow)| flow.flags & abi::flow_flags::POD == origin && !over.contains(tuple))
+    });
+    // What fails now is swept the next time.
+    if let Err(error) = flows.delete_all(&over.into_iter().collect::<Vec<_>>()) {
+        tracing::debug!(%error, "flows stay");
+    }
+    if left as f64 > ALARM * f64::from(flows.capacity) {
+        tracing::warn!(flows = left, capacity = flows.capacity, "the map of flows is nearly full: the oldest connections will be cut");
     }
 }
 
