@@ -1,10 +1,10 @@
 //! Hooks of the node's interfaces: packets from outside and from pods to Services, the answers to them, and errors about either.
 
-use core::ptr::{addr_of, from_mut, from_ref, null_mut};
+use core::ptr::{addr_of, from_mut, from_ref};
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::{
-    bpf_csum_diff, bpf_fib_lookup, bpf_get_smp_processor_id, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
+    bpf_csum_diff, bpf_fib_lookup, bpf_get_smp_processor_id, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect_neigh,
     bpf_skb_store_bytes,
 };
 use aya_ebpf::macros::{classifier, map};
@@ -330,10 +330,17 @@ struct Route {
     ifindex: u32,
     tos: u32,
     src: [u32; 4],
+    /// The next hop's address after the lookup, of `family`.
     dst: [u32; 4],
     vlan: u32,
-    /// Of the neighbour and of the interface, as they lie in the packet; zeros when the neighbour isn't known.
     macs: [u8; 12],
+}
+
+/// `struct bpf_redir_neigh`.
+#[repr(C)]
+struct NextHop {
+    family: u32,
+    addr: [u32; 4],
 }
 
 /// The interface on the route from one address to another; 0 where there is none. Whether the neighbour is known isn't asked.
@@ -358,19 +365,7 @@ fn route(skb: *mut __sk_buff, scratch: *mut Scratch, way: &Tuple) -> u32 {
     };
     // SAFETY: `route` has the layout and size that the helper expects.
     let found = unsafe { bpf_fib_lookup(skb.cast(), from_mut(route).cast(), size_of::<Route>() as i32, 0) };
-    match found {
-        0 => {
-            let [a, b, c, d, e, f, u, v, w, x, y, z] = route.macs;
-            // The helper has them the other way round.
-            route.macs = [u, v, w, x, y, z, a, b, c, d, e, f];
-            route.ifindex
-        }
-        NO_NEIGHBOUR => {
-            route.macs = [0; 12];
-            route.ifindex
-        }
-        _ => 0,
-    }
+    if found == 0 || found == NO_NEIGHBOUR { route.ifindex } else { 0 }
 }
 
 /// Sends the packet on by the route to its destination.
@@ -385,13 +380,11 @@ fn forward(skb: *mut __sk_buff, scratch: *mut Scratch) -> i32 {
     if interface == 0 {
         return DROP;
     }
-    // SAFETY: as in the programs; the helpers take numbers, and without a neighbour of ours the second finds it itself.
+    // The neighbour is named, so that the route needn't be looked up again, and its MAC address is the kernel's to find and to keep fresh.
+    // SAFETY: as in the programs; the helper reads all of `next` and no more.
     unsafe {
-        let macs = (*scratch).route.macs;
-        if macs != [0; 12] && store(skb, 0, &macs) {
-            return bpf_redirect(interface, 0) as i32;
-        }
-        bpf_redirect_neigh(interface, null_mut(), 0, 0) as i32
+        let mut next = NextHop { family: (*scratch).route.family as u32, addr: (*scratch).route.dst };
+        bpf_redirect_neigh(interface, from_mut(&mut next).cast(), size_of::<NextHop>() as i32, 0) as i32
     }
 }
 

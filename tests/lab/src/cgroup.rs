@@ -56,10 +56,11 @@ impl Hierarchies {
                 }
                 directory.push(part);
                 match fs::create_dir(&directory) {
-                    Ok(()) => inherit_cpuset(&directory)?,
+                    Ok(()) => {}
                     Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
                     Err(error) => return Err(error).with_context(|| format!("create the cgroup {}", directory.display())),
                 }
+                inherit_cpuset(&directory)?;
             }
         }
         Ok(())
@@ -135,12 +136,16 @@ fn tree(directory: &Path) -> Vec<PathBuf> {
     all
 }
 
-/// A new v1 cpuset has no CPUs and takes no process until it is given some.
+/// A new v1 cpuset has no CPUs and takes no process until it is given some. One that is there may be as new: somebody else's, made a
+/// moment ago.
 fn inherit_cpuset(directory: &Path) -> Result<()> {
     for file in ["cpuset.cpus", "cpuset.mems"] {
         let (own, parent) = (directory.join(file), directory.parent().map(|parent| parent.join(file)));
         if directory.join("cgroup.controllers").exists() || !own.exists() {
             return Ok(());
+        }
+        if fs::read_to_string(&own).is_ok_and(|value| !value.trim().is_empty()) {
+            continue;
         }
         let value = parent.and_then(|parent| fs::read_to_string(parent).ok()).unwrap_or_default();
         fs::write(&own, value.trim()).with_context(|| format!("write {}", own.display()))?;
