@@ -5,12 +5,14 @@
 //! IPv4 addresses take their v4-mapped IPv6 form, so that one key serves both families and v6 sockets that dial v4.
 #![no_std]
 
+pub mod sight;
+
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Bumped when a layout or a meaning changes: pinned maps of another version aren't adopted.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Stands in the object that the programs are built to, so that an agent knows an object of another version.
-pub const MARKER: [u8; 16] = *b"outrigger-abi-3\0";
+pub const MARKER: [u8; 16] = *b"outrigger-abi-4\0";
 
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
@@ -254,7 +256,7 @@ impl SourceRange {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Peer {
-    /// When the socket last sent to the frontend (UDP), in nanoseconds of the coarse monotonic clock.
+    /// In nanoseconds of the monotonic clock: when the socket last sent to the frontend (UDP, by the coarse clock), or when it connected.
     pub seen: u64,
     pub frontend: Endpoint,
     pub backend: Endpoint,

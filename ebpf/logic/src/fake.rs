@@ -9,7 +9,9 @@ use outrigger_abi::{
     Addr, Affinity, AffinityKey, Datagram, DatagramKey, Endpoint, Flow, Frontend, FrontendKey, Port, Range, Slot, TCP, Tuple,
 };
 
-use crate::packet::Flows;
+use outrigger_abi::sight::Reason;
+
+use crate::packet::{Flows, Packet};
 
 use crate::service::Tables;
 use crate::socket::Socket;
@@ -27,6 +29,7 @@ pub struct Fake {
     /// The node's address on the way to others than itself.
     pub source: Addr,
     pub flows: RefCell<HashMap<Tuple, Flow>>,
+    pub refused: RefCell<Vec<(u32, Reason)>>,
     pub random: Cell<u32>,
     pub now: Cell<u64>,
 }
@@ -102,6 +105,9 @@ impl Socket for Fake {
 }
 
 impl Flows for Fake {
+    fn refused(&self, _packet: &Packet, service: u32, reason: Reason) {
+        self.refused.borrow_mut().push((service, reason));
+    }
     fn source_towards(&self, _from: &Addr, _to: &Addr) -> Addr {
         self.source
     }

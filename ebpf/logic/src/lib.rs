@@ -1,12 +1,13 @@
 //! The decisions of the eBPF programs, free of the kernel: tested on the host, compiled into the programs.
 //!
 //! [`service`] finds the frontend behind an address and chooses a backend; [`socket`] is what happens to a socket at connect,
-//! send and receive; [`packet`] is what happens to a packet that no socket hook saw. What they need of maps, clock and chance
+//! send and receive; [`packet`] is what happens to a packet that no socket hook saw; [`sight`] is what is counted of it all. What they need of maps, clock and chance
 //! comes through the traits, which the programs implement by helper calls and the tests by plain collections.
 #![no_std]
 
 pub mod packet;
 pub mod service;
+pub mod sight;
 pub mod socket;
 
 #[cfg(test)]

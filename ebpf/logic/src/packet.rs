@@ -8,7 +8,10 @@
 
 use outrigger_abi::{Addr, Flow, FrontendKey, Port, TCP, Tuple, UDP, Uplink, flow_flags, frontend_flags, slot_flags};
 
+use outrigger_abi::sight::Reason;
+
 use crate::service::{Choice, Client, Hint, Tables, Verdict, choose, scale};
+use crate::sight;
 
 pub const FIN: u8 = 1 << 0;
 pub const SYN: u8 = 1 << 1;
@@ -34,6 +37,8 @@ pub trait Flows {
     fn mark(&self, tuple: &Tuple, flags: u32) -> u32;
     /// The node's address on the way from one to the other; all zero when the way has none.
     fn source_towards(&self, from: &Addr, to: &Addr) -> Addr;
+    /// Counts a connection that came to nothing.
+    fn refused(&self, packet: &Packet, service: u32, reason: Reason);
 }
 
 /// What of a packet there is.
@@ -123,9 +128,18 @@ pub fn arrive<T: Tables, F: Flows>(tables: &T, flows: &F, node: &Uplink, outside
     match choose(tables, &key, Client::Packet { source: packet.tuple.src, outside }, Hint::NONE) {
         Verdict::Pass => Action::Pass,
         // An address of the node refuses by itself when nothing listens there.
-        Verdict::Refuse(_) if tables.node_address(&packet.tuple.dst).is_some() => Action::Pass,
-        Verdict::Refuse(service) => refuse(tables, flows, node, packet, service, to),
-        Verdict::Drop(_) => Action::Drop,
+        Verdict::Refuse(service) if tables.node_address(&packet.tuple.dst).is_some() => {
+            flows.refused(packet, service, sight::without_backend(service));
+            Action::Pass
+        }
+        Verdict::Refuse(service) => {
+            flows.refused(packet, service, sight::without_backend(service));
+            refuse(tables, flows, node, packet, service, to)
+        }
+        Verdict::Drop(service, reason) => {
+            flows.refused(packet, service, reason);
+            Action::Drop
+        }
         Verdict::To(choice) => open(tables, flows, node, outside, packet, &choice, to),
     }
 }
@@ -187,6 +201,8 @@ fn open<T: Tables, F: Flows>(
         }
         flow.flags |= flow_flags::REDIRECT;
         if source == Addr::default() || !masquerade(tables, flows, source, &flow, to) {
+            let reason = if source == Addr::default() { Reason::NoRoute } else { Reason::NoSourcePort };
+            flows.refused(packet, choice.service, reason);
             return Action::Drop;
         }
     }

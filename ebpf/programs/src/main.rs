@@ -1,9 +1,11 @@
 //! The eBPF programs: thin entry points around `outrigger-logic`. Built by `cargo xtask build-ebpf`.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
 mod maps;
 mod packet;
+mod sight;
 mod socket;
 
 #[cfg(not(test))]

@@ -38,7 +38,7 @@ pub static UPLINKS: HashMap<u32, abi::Uplink> = HashMap::with_max_entries(64, BP
 #[map(name = "counters")]
 static COUNTERS: PerCpuArray<abi::Counters> = PerCpuArray::with_max_entries(1024, 0);
 #[btf_map(name = "peers")]
-pub static PEERS: SkStorage<abi::Peer> = SkStorage::new();
+static PEERS: SkStorage<abi::Peer> = SkStorage::new();
 
 /// The kernel's maps.
 pub struct Kernel;
@@ -109,4 +109,10 @@ pub fn count(service: u32, update: impl FnOnce(&mut abi::Counters)) {
         // SAFETY: the element belongs to this CPU; a program that interrupts this one costs at most one count.
         update(unsafe { &mut *counters });
     }
+}
+
+/// `PEERS` as the helpers take it.
+#[inline(always)]
+pub fn peers() -> *mut core::ffi::c_void {
+    core::ptr::from_ref(&PEERS).cast_mut().cast()
 }

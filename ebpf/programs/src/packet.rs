@@ -10,11 +10,13 @@ use aya_ebpf::helpers::generated::{
 use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::TcContext;
-use outrigger_abi::{Addr, Flow, Fragment, Port, Ports, TCP, Tuple, UDP, Uplink};
+use outrigger_abi::sight::{Reason, event_kind};
+use outrigger_abi::{Addr, Endpoint, Flow, Fragment, Port, Ports, TCP, Tuple, UDP, Uplink, flow_flags};
 use outrigger_logic::packet::{Action, Flows, Packet, Part, arrive, leave};
 use outrigger_logic::service::Tables;
 
-use crate::maps::{FLOWS, FRAGMENTS, Kernel, UPLINKS, count};
+use crate::maps::{FLOWS, FRAGMENTS, Kernel, UPLINKS};
+use crate::sight::{self, Told};
 
 /// On to other programs of the interface, then to the stack.
 const NEXT: i32 = -1;
@@ -271,7 +273,11 @@ fn rewrite(skb: *mut __sk_buff, scratch: *mut Scratch) -> i32 {
         Part::Later => rewrite_addresses(skb, place, addresses(&packet.tuple, to), to),
         Part::Error => rewrite_error(skb, place, &packet.tuple, to),
     };
-    if done { NEXT } else { DROP }
+    if done {
+        return NEXT;
+    }
+    sight::refused(0, Reason::Malformed);
+    DROP
 }
 
 /// What changes in a checksum over the addresses. Source and destination lie side by side in a tuple; the prefixes of mapped addresses
@@ -399,10 +405,12 @@ fn forward(skb: *mut __sk_buff, scratch: *mut Scratch) -> i32 {
     // SAFETY: as in the programs; only `route` is written.
     let (place, to) = unsafe { (&(*scratch).place, &(*scratch).to) };
     if !age(skb, place) {
+        sight::refused(0, Reason::Ttl);
         return DROP;
     }
     let interface = route(skb, scratch, to);
     if interface == 0 {
+        sight::refused(0, Reason::NoRoute);
         return DROP;
     }
     // SAFETY: without a neighbour of ours the helper finds it itself.
@@ -430,6 +438,14 @@ struct Hook {
 }
 
 impl Flows for Hook {
+    #[inline(always)]
+    fn refused(&self, packet: &Packet, service: u32, reason: Reason) {
+        sight::refused(service, reason);
+        if sight::is_watched() {
+            sight::tell(&Told { kind: event_kind::REFUSED, reason: reason as u8, service, ..Told::packet(&packet.tuple) });
+        }
+    }
+
     #[inline(always)]
     fn flow(&self, tuple: &Tuple) -> Option<&Flow> {
         let flow = FLOWS.get_ptr_mut(tuple)?;
@@ -463,7 +479,11 @@ impl Flows for Hook {
 
     #[inline(always)]
     fn set_flow(&self, tuple: &Tuple, flow: &Flow) {
-        count(flow.service, |counters| counters.connections += 1);
+        let backend = Endpoint::new(flow.to.dst, flow.to.dport);
+        sight::connected(flow.service, backend);
+        if sight::is_watched() {
+            sight::tell(&Told { kind: event_kind::OPENED, backend, service: flow.service, ..Told::packet(tuple) });
+        }
         // A full LRU map evicts.
         let _ = FLOWS.insert(tuple, flow, 0);
     }
@@ -479,8 +499,13 @@ impl Flows for Hook {
         match FLOWS.get_ptr_mut(tuple) {
             // SAFETY: as in `flow`; two packets of one direction at once set the same bits.
             Some(flow) => unsafe {
+                let before = (*flow).flags;
                 (*flow).flags |= flags;
-                (*flow).flags
+                if flags & flow_flags::CLOSED != 0 && before & (flow_flags::CLOSED | flow_flags::REPLY) == 0 && sight::is_watched() {
+                    let backend = Endpoint::new((*flow).to.dst, (*flow).to.dport);
+                    sight::tell(&Told { kind: event_kind::CLOSED, backend, service: (*flow).service, ..Told::packet(tuple) });
+                }
+                before | flags
             },
             None => 0,
         }

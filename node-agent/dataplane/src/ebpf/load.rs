@@ -39,7 +39,7 @@ impl Sizes {
 
 const TABLE_MAPS: [&str; 4] = ["frontends", "cluster_ips", "slots", "counters"];
 /// Maps that outlive a change of size, with how many elements they hold.
-const SHARED_MAPS: [(&str, u32); 8] = [
+const SHARED_MAPS: [(&str, u32); 11] = [
     ("node_addresses", 4096),
     ("source_ranges", 1 << 16),
     ("affinity", 1 << 15),
@@ -50,7 +50,13 @@ const SHARED_MAPS: [(&str, u32); 8] = [
     ("flows", 1 << 16),
     // Datagrams whose parts are on their way.
     ("fragments", 1 << 12),
+    // One for each backend that was used: its memory is taken when it is.
+    ("traffic", 1 << 16),
+    ("drops", 1 << 16),
+    ("watched", 1),
 ];
+/// The ring buffer, with its size in bytes: what happens between two looks of a listener.
+pub const EVENTS: (&str, u32) = ("events", 1 << 19);
 
 /// Where classic tc filters of ours hang: before those that ask for no place of their own.
 const FILTER_PRIORITY: u16 = 10;
@@ -79,7 +85,7 @@ impl Programs {
         for (name, size) in TABLE_MAPS.into_iter().zip(sizes) {
             loader.map_max_entries(name, size).map_pin_path(name, tables.join(name));
         }
-        for (name, size) in SHARED_MAPS {
+        for (name, size) in SHARED_MAPS.into_iter().chain([EVENTS]) {
             loader.map_pin_path(name, shared.join(name));
             if size != 0 {
                 loader.map_max_entries(name, size);
@@ -111,6 +117,7 @@ impl Programs {
             let loaded = match program {
                 aya::programs::Program::CgroupSockAddr(program) => program.load(),
                 aya::programs::Program::SchedClassifier(program) => program.load(),
+                aya::programs::Program::SockOps(program) => program.load(),
                 _ => continue,
             };
             loaded.map_err(|error| failed(format!("load the eBPF program {name}"), &error))?;
@@ -156,6 +163,7 @@ impl Programs {
         let fd = match program {
             aya::programs::Program::CgroupSockAddr(program) => program.fd(),
             aya::programs::Program::SchedClassifier(program) => program.fd(),
+            aya::programs::Program::SockOps(program) => program.fd(),
             _ => return Err(missing()),
         };
         fd.map(|fd| fd.as_fd()).map_err(|error| BackendError::failed(format!("find the eBPF program {name}"), chain(&error)))

@@ -37,8 +37,20 @@ plain!(
     abi::Affinity,
     abi::Uplink,
     abi::Tuple,
-    abi::Flow
+    abi::Flow,
+    abi::sight::DropKey,
+    abi::sight::TrafficKey,
+    abi::sight::Traffic,
+    abi::sight::Watched,
+    abi::sight::Event
 );
+
+/// A value as the kernel laid it down; `None` when it has another length.
+#[expect(private_bounds, reason = "only the ABI's types are plain")]
+pub fn read<T: Plain>(bytes: &[u8]) -> Option<T> {
+    // SAFETY: as many bytes as the value has are there, and any are a value.
+    (bytes.len() == size_of::<T>()).then(|| unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+}
 
 /// Elements per call of a batched read.
 const BATCH: usize = 4096;
@@ -125,6 +137,11 @@ impl<K: Plain, V: Plain> Map<K, V> {
         }
     }
 
+    /// How many elements there are, about.
+    pub fn count(&self) -> Result<usize> {
+        Ok(self.entries()?.len())
+    }
+
     fn failed(&self, verb: &str, error: io::Error) -> BackendError {
         let full = matches!(error.raw_os_error(), Some(libc::E2BIG | libc::ENOSPC));
         let hint = if full { format!(" (it holds at most {} elements)", self.capacity) } else { String::new() };
@@ -197,6 +214,10 @@ pub struct Shared {
     pub source_ranges: Map<abi::SourceRange, u32>,
     pub uplinks: Map<u32, abi::Uplink>,
     pub flows: Map<abi::Tuple, abi::Flow>,
+    pub affinity: Map<abi::AffinityKey, abi::Affinity>,
+    pub traffic: Map<abi::sight::TrafficKey, abi::sight::Traffic>,
+    pub drops: Map<abi::sight::DropKey, u64>,
+    pub watched: Map<u32, abi::sight::Watched>,
     /// Socket storage has a descriptor as its key.
     pub peers: OwnedFd,
 }
@@ -211,6 +232,10 @@ impl Shared {
             source_ranges: Map::open(folder, "source_ranges")?,
             uplinks: Map::open(folder, "uplinks")?,
             flows: Map::open(folder, "flows")?,
+            affinity: Map::open(folder, "affinity")?,
+            traffic: Map::open(folder, "traffic")?,
+            drops: Map::open(folder, "drops")?,
+            watched: Map::open(folder, "watched")?,
             peers,
         })
     }

@@ -2,13 +2,15 @@
 //!
 //! [`plan`] says what the maps should hold (pure), [`load`] brings maps and programs into the kernel, [`maps`] reads and writes them,
 //! [`attach`] holds the programs in place by pinned links, [`restore`] reads a former agent's maps back, [`sockets`] ends what
-//! still points at a gone backend, [`sweep`] forgets connections that are over, [`inspect`] shows what the maps say.
+//! still points at a gone backend, [`sweep`] forgets connections that are over, [`inspect`] shows what the maps say,
+//! [`sight`] what the programs count and tell.
 mod attach;
 pub mod inspect;
 mod load;
 mod maps;
 mod plan;
 mod restore;
+mod sight;
 mod sockets;
 mod sweep;
 mod sys;
@@ -18,15 +20,17 @@ use std::fs::File;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use ipnet::IpNet;
 use outrigger_abi as abi;
-use outrigger_desired::{self as desired, Delta, Entry, Family, Frontend, Protocol, ServicePortName, Table};
+use outrigger_desired::{self as desired, Delta, Entry, Family, Frontend, Protocol, Table};
 
-use crate::backend::{Applied, Backend, BackendError, Counted, Live, Parting, Pending, Restored, Result};
+use crate::backend::{Applied, Backend, BackendError, Live, Parting, Pending, Restored, Result};
 use crate::config::{Config, Mode, PodInterfaces};
 use crate::namespace::{self, Address, Changes, Namespace};
+use crate::sight::{Counts, Event};
 use attach::{Interface, Pins};
 use load::{Programs, Sizes};
 use maps::{Shared, Tables};
@@ -86,6 +90,8 @@ struct Ebpf {
     attached_to: Vec<Interface>,
     changes: Changes,
     sweep: Sweep,
+    upkeep: sight::Upkeep,
+    listener: Mutex<Option<sight::Listener>>,
 }
 
 impl Ebpf {
@@ -118,6 +124,8 @@ impl Ebpf {
             attached_to: Vec::new(),
             changes,
             sweep: Sweep::default(),
+            upkeep: sight::Upkeep::default(),
+            listener: Mutex::default(),
         })
     }
 
@@ -132,6 +140,7 @@ impl Ebpf {
         }
         let batch = self.layout.apply(table, delta, &self.node_ips);
         let (upserted, removed) = (batch.puts.len(), batch.deletes.len());
+        sight::forget(&self.shared, &batch.fresh_services)?;
         self.update_source_ranges(table, delta)?;
         if self.sizes().hold(&self.layout.needed()) {
             write(&self.tables, &batch)?;
@@ -385,7 +394,12 @@ impl Backend for Ebpf {
             {
                 tracing::warn!(%error, "interfaces and addresses that Services are reached by may be out of date");
             }
-            self.sweep.flows(&self.shared.flows);
+            if self.sweep.is_due() {
+                Sweep::flows(&self.shared.flows);
+                if let Err(error) = self.upkeep.run(&self.layout, &self.tables, &self.shared) {
+                    tracing::warn!(%error, "how full the eBPF maps are is not known");
+                }
+            }
             Some(LOOK_INTERVAL)
         })
     }
@@ -397,15 +411,25 @@ impl Backend for Ebpf {
         slots.map(|slot| slot.map(|slot| SocketAddr::new(slot.addr.ip(), slot.port.host()))).collect::<Result<Vec<_>>>().map(Some)
     }
 
-    fn counted(&self) -> Result<Vec<(ServicePortName, Counted)>> {
-        let mut all = Vec::new();
-        for (name, id) in self.layout.services() {
-            let abi::Counters { connections, refused } = self.tables.counters.get(id)?;
-            if connections + refused > 0 {
-                all.push((name.clone(), Counted { connections, refused }));
-            }
+    fn counted(&self, _: &Table) -> Result<Counts> {
+        sight::counts(&self.layout, &self.tables, &self.shared, &self.upkeep.fills)
+    }
+
+    fn events(&self, _: &Table) -> Result<Vec<Event>> {
+        let mut listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
+        let listener = match &mut *listener {
+            Some(listener) => listener,
+            none => none.insert(sight::Listener::open(&self.pins.shared())?),
+        };
+        listener.events(&self.shared, &self.layout, &self.cgroup_path, &self.node)
+    }
+
+    fn quiet(&self) {
+        *self.listener.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        // Without this they stop by themselves soon.
+        if let Err(error) = sight::quiet(&self.shared) {
+            tracing::debug!(%error, "the programs go on telling for a moment");
         }
-        Ok(all)
     }
 
     fn live(&self, _: &Table) -> Result<Vec<Live>> {

@@ -5,7 +5,7 @@
 use std::collections::hash_map::Entry as MapEntry;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use outrigger_abi as abi;
@@ -135,6 +135,11 @@ impl Layout {
     /// The Service ports with their indices.
     pub fn services(&self) -> impl Iterator<Item = (&ServicePortName, u32)> {
         self.by_name.iter().map(|(name, id)| (name, *id))
+    }
+
+    /// The backends that new connections get, with the Service ports that have them.
+    pub fn backends(&self) -> HashSet<(u32, SocketAddr)> {
+        self.by_set.keys().flat_map(|set| set.endpoints.iter().map(|endpoint| (set.service, endpoint.socket()))).collect()
     }
 
     /// What the maps must have room for.

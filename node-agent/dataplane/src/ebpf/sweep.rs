@@ -7,9 +7,6 @@ use outrigger_abi as abi;
 use super::maps::Map;
 
 const INTERVAL: Duration = Duration::from_secs(30);
-/// So full the map is about to forget connections by itself.
-const ALARM: f64 = 0.8;
-
 const SECOND: u64 = 1_000_000_000;
 /// How long a silent flow is kept, as conntrack does: closed ones as long as packets of theirs may still come.
 const CLOSED: u64 = 60 * SECOND;
@@ -22,32 +19,32 @@ pub struct Sweep {
 }
 
 impl Sweep {
-    /// Does its work when it is time for that.
-    pub fn flows(&mut self, flows: &Map<abi::Tuple, abi::Flow>) {
-        if self.last.is_some_and(|last| last.elapsed() < INTERVAL) {
-            return;
+    /// True when it is time, which then begins anew.
+    pub fn is_due(&mut self) -> bool {
+        let due = self.last.is_none_or(|last| last.elapsed() >= INTERVAL);
+        if due {
+            self.last = Some(Instant::now());
         }
-        self.last = Some(Instant::now());
+        due
+    }
+
+    pub fn flows(flows: &Map<abi::Tuple, abi::Flow>) {
         let entries = match flows.entries() {
             Ok(entries) => entries,
             Err(error) => return tracing::warn!(%error, "connections that are over stay in the map of flows"),
         };
         let over = over(&entries, now());
-        let left = entries.len() - over.len();
         for tuple in over {
             // One that went meanwhile needs nothing more, and what fails now is swept the next time.
             if let Err(error) = flows.delete(&tuple) {
                 tracing::debug!(%error, "a flow stays");
             }
         }
-        if left as f64 > ALARM * f64::from(flows.capacity) {
-            tracing::warn!(flows = left, capacity = flows.capacity, "the map of flows is nearly full: the oldest connections will be cut");
-        }
     }
 }
 
 /// The clock that the programs use.
-fn now() -> u64 {
+pub fn now() -> u64 {
     let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC_COARSE);
     time.map_or(0, |time| time.tv_sec() as u64 * SECOND + time.tv_nsec() as u64)
 }

@@ -3,6 +3,7 @@
 mod lab;
 mod outside;
 mod scale;
+mod sight;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
