@@ -7,7 +7,7 @@ use outrigger_desired::{Family, Table};
 
 use super::ops::{digit, ip_word};
 use crate::netlink::{self, Attributes, Builder, Connection};
-use crate::sight::{Counted, Counts, Event, Reason, Traffic, What, service_of};
+use crate::sight::{Counted, Counts, Event, Reason, What, service_of};
 
 const SUBSYSTEM: u16 = 10;
 const GET_ELEMENTS: u16 = SUBSYSTEM << 8 | 13;
@@ -96,7 +96,7 @@ pub(super) fn more(before: &Refused, now: &Refused, table: &Table) -> Vec<Event>
         let count = count.saturating_sub(before.get(key).copied().unwrap_or_default());
         let service = frontend.and_then(|frontend| service_of(table, frontend, protocol)).cloned();
         let what = What::Refused(reason);
-        (count > 0).then(|| Event { what, count, service, protocol, source: None, frontend, backend: None, bytes: None, took: None })
+        (count > 0).then_some(Event { what, count, service, protocol, source: None, frontend, backend: None, bytes: None, took: None })
     };
     now.iter().filter_map(event).collect()
 }
@@ -110,7 +110,7 @@ pub(super) fn counts(connection: &Connection, name: &str, table: &Table) -> io::
             let Some(service) = frontend.and_then(|frontend| service_of(table, frontend, protocol)) else { continue };
             let counted: &mut Counted = counts.services.entry(service.clone()).or_default();
             counted.connections += count;
-            counted.backends.entry(backend).or_insert_with(Traffic::default).connections += count;
+            counted.backends.entry(backend).or_default().connections += count;
         }
     }
     for ((reason, protocol, frontend), count) in refused(connection, name)? {
