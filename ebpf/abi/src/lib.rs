@@ -6,6 +6,7 @@
 #![no_std]
 
 pub mod policy;
+pub mod sight;
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -289,7 +290,7 @@ impl SourceRange {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Peer {
-    /// When the socket last sent to the frontend (UDP), in nanoseconds of the coarse monotonic clock.
+    /// In nanoseconds of the monotonic clock: when the socket last sent to the frontend (UDP, by the coarse clock), or when it connected.
     pub seen: u64,
     pub frontend: Endpoint,
     pub backend: Endpoint,

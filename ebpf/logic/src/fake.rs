@@ -5,13 +5,13 @@ use std::boxed::Box;
 use std::collections::{HashMap, HashSet};
 use std::vec::Vec;
 
+use outrigger_abi::sight::Reason;
 use outrigger_abi::{
     Addr, Affinity, AffinityKey, BackendKey, Datagram, DatagramKey, Endpoint, Flow, Frontend, FrontendKey, MAGLEV_BLOCK, MaglevBlock, Port,
     Range, Slot, TCP, Tuple, Uplink,
 };
 
 use crate::packet::{Action, Flows, Packet, lead, open, refuse};
-
 use crate::service::{Choice, Tables, Verdict};
 use crate::socket::Socket;
 
@@ -30,6 +30,7 @@ pub struct Fake {
     /// The node's address on the way to others than itself.
     pub source: Addr,
     pub flows: RefCell<HashMap<Tuple, Flow>>,
+    pub refused: RefCell<Vec<(u32, Reason)>>,
     pub random: Cell<u32>,
     pub now: Cell<u64>,
 }
@@ -142,6 +143,9 @@ impl Flows for Fake {
     }
     fn open(&self, node: &Uplink, outside: bool, packet: &Packet, choice: &Choice, to: &mut Tuple) -> Action {
         open(self, self, node, outside, packet, choice, to)
+    }
+    fn refused(&self, _packet: &Packet, service: u32, reason: Reason) {
+        self.refused.borrow_mut().push((service, reason));
     }
     fn source_towards(&self, _from: &Addr, _to: &Addr) -> Addr {
         self.source

@@ -6,9 +6,11 @@
 //! the source, so that it answers here; such packets can't pass through the node's own routing (it takes no packet that claims to
 //! come from itself) and are sent on at once.
 
+use outrigger_abi::sight::Reason;
 use outrigger_abi::{Addr, Flow, FrontendKey, MASQUERADE_PORTS, Port, TCP, Tuple, UDP, Uplink, flow_flags, frontend_flags, slot_flags};
 
 use crate::service::{Choice, Client, Hint, Tables, Verdict, choose};
+use crate::sight;
 
 pub const FIN: u8 = 1 << 0;
 pub const SYN: u8 = 1 << 1;
@@ -37,6 +39,8 @@ pub trait Flows {
     fn turn(&self) -> u32;
     /// The node's address on the way from one to the other; all zero when the way has none.
     fn source_towards(&self, from: &Addr, to: &Addr) -> Addr;
+    /// Counts a connection that came to nothing.
+    fn refused(&self, packet: &Packet, service: u32, reason: Reason);
 }
 
 /// What of a packet there is.
@@ -132,9 +136,18 @@ pub fn arrive<T: Tables, F: Flows>(tables: &T, flows: &F, node: &Uplink, outside
     match flows.lead(packet, outside) {
         Verdict::Pass => Action::Pass,
         // An address of the node refuses by itself when nothing listens there.
-        Verdict::Refuse(_) if tables.node_address(&packet.tuple.dst).is_some() => Action::Pass,
-        Verdict::Refuse(service) => flows.refuse(node, outside, packet, service, to),
-        Verdict::Drop(_) => Action::Drop,
+        Verdict::Refuse(service) if tables.node_address(&packet.tuple.dst).is_some() => {
+            flows.refused(packet, service, sight::without_backend(service));
+            Action::Pass
+        }
+        Verdict::Refuse(service) => {
+            flows.refused(packet, service, sight::without_backend(service));
+            flows.refuse(node, outside, packet, service, to)
+        }
+        Verdict::Drop(service, reason) => {
+            flows.refused(packet, service, reason);
+            Action::Drop
+        }
         Verdict::To(choice) => flows.open(node, outside, packet, &choice, to),
     }
 }
@@ -208,6 +221,7 @@ pub fn open<T: Tables, F: Flows>(
     if !kept && !outside && to.src != to.dst {
         // A pod keeps its address, by which others judge it: only its port changes, and changes back where answers leave to it.
         if !other_port(flows, &flow, to) {
+            flows.refused(packet, choice.service, Reason::NoSourcePort);
             return Action::Drop;
         }
     } else if !kept {
@@ -220,6 +234,8 @@ pub fn open<T: Tables, F: Flows>(
         flow.flags |= flow_flags::REDIRECT;
         to.src = source;
         if source == Addr::default() || !other_port(flows, &flow, to) {
+            let reason = if source == Addr::default() { Reason::NoRoute } else { Reason::NoSourcePort };
+            flows.refused(packet, choice.service, reason);
             return Action::Drop;
         }
     }

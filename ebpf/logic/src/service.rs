@@ -1,5 +1,6 @@
 //! Which Service an address belongs to, and which of its backends a new connection gets.
 
+use outrigger_abi::sight::Reason;
 use outrigger_abi::{
     Addr, Affinity, AffinityKey, BackendKey, Endpoint, Frontend, FrontendKey, MAGLEV_BLOCK, MaglevBlock, Port, Range, Slot, frontend_flags,
     node_address_flags,
@@ -99,7 +100,7 @@ pub enum Verdict {
     To(Choice),
     /// No backend. The Service port's index is for counting.
     Refuse(u32),
-    Drop(u32),
+    Drop(u32, Reason),
 }
 
 /// The frontend that `key` names, directly or as a port of this node.
@@ -126,9 +127,11 @@ pub fn choose<T: Tables>(tables: &T, key: &FrontendKey, client: Client, hint: Hi
     };
     if frontend.flags & frontend_flags::SOURCE_RANGES != 0 {
         match client {
-            Client::Packet { source, .. } if !tables.allows(frontend.service, &source) => return Verdict::Drop(frontend.service),
+            Client::Packet { source, .. } if !tables.allows(frontend.service, &source) => {
+                return Verdict::Drop(frontend.service, Reason::SourceRange);
+            }
             Client::Socket { host: true, .. } if frontend.flags & frontend_flags::NODE_REFUSED != 0 => {
-                return Verdict::Drop(frontend.service);
+                return Verdict::Drop(frontend.service, Reason::SourceRange);
             }
             // Its packets have a source address, and are judged by it.
             Client::Socket { host: false, .. } => return Verdict::Pass,
@@ -157,7 +160,7 @@ fn backends(frontend: &Frontend, client: Client) -> Option<Range> {
 #[inline(always)]
 fn none(frontend: &Frontend, client: Client) -> Verdict {
     let drop = if client.is_outside() { frontend_flags::DROP_EXTERNAL } else { frontend_flags::DROP_INTERNAL };
-    if frontend.flags & drop != 0 { Verdict::Drop(frontend.service) } else { Verdict::Refuse(frontend.service) }
+    if frontend.flags & drop != 0 { Verdict::Drop(frontend.service, Reason::LocalPolicy) } else { Verdict::Refuse(frontend.service) }
 }
 
 #[inline(always)]

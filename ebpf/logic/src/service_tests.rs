@@ -54,7 +54,7 @@ fn without_backends_the_policy_decides() {
     let reject = *fake.serve(tcp("10.96.0.1:80"), 4, &[]);
     fake.frontends.insert(tcp("10.96.0.2:80"), Frontend { flags: frontend_flags::DROP_INTERNAL, ..reject });
     assert_eq!(choose(&fake, &tcp("10.96.0.1:80"), POD, Hint::NONE), Verdict::Refuse(4));
-    assert_eq!(choose(&fake, &tcp("10.96.0.2:80"), POD, Hint::NONE), Verdict::Drop(4));
+    assert_eq!(choose(&fake, &tcp("10.96.0.2:80"), POD, Hint::NONE), Verdict::Drop(4, Reason::LocalPolicy));
     let outside = packet("1.2.3.4:0", true);
     assert_eq!(choose(&fake, &tcp("10.96.0.2:80"), outside, Hint::NONE), Verdict::Refuse(4));
 }
@@ -154,11 +154,11 @@ fn source_ranges_keep_strangers_out() {
     let outside = |source| packet(source, true);
     fake.sources.insert((1, endpoint("9.9.9.9:0").addr));
     assert!(target(choose(&fake, &tcp("1.1.1.1:80"), outside("9.9.9.9:0"), Hint::NONE)).is_some());
-    assert_eq!(choose(&fake, &tcp("1.1.1.1:80"), outside("9.9.9.8:0"), Hint::NONE), Verdict::Drop(1));
+    assert_eq!(choose(&fake, &tcp("1.1.1.1:80"), outside("9.9.9.8:0"), Hint::NONE), Verdict::Drop(1, Reason::SourceRange));
     assert_eq!(choose(&fake, &tcp("1.1.1.1:80"), POD, Hint::NONE), Verdict::Pass, "left to the packets, which have a source");
     assert!(target(choose(&fake, &tcp("1.1.1.1:80"), HOST, Hint::NONE)).is_some());
     fake.frontends.get_mut(&tcp("1.1.1.1:80")).unwrap().flags |= frontend_flags::NODE_REFUSED;
-    assert_eq!(choose(&fake, &tcp("1.1.1.1:80"), HOST, Hint::NONE), Verdict::Drop(1));
+    assert_eq!(choose(&fake, &tcp("1.1.1.1:80"), HOST, Hint::NONE), Verdict::Drop(1, Reason::SourceRange));
 }
 
 #[test]

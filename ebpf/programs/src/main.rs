@@ -7,6 +7,7 @@ mod base;
 mod header;
 mod maps;
 mod packet;
+mod sight;
 mod socket;
 
 /// By it an agent knows an object that was built for another version of the maps.

@@ -52,7 +52,7 @@ static ACTIVITY: Array<u32> = Array::with_max_entries(abi::activity::KINDS, BPF_
 #[btf_map(name = "counters")]
 static COUNTERS: ArrayOfMaps<btf_maps::PerCpuArray<abi::Counters, { abi::COUNTERS_PER_PAGE as usize }>, PAGES> = ArrayOfMaps::new();
 #[btf_map(name = "peers")]
-pub static PEERS: SkStorage<abi::Peer> = SkStorage::new();
+static PEERS: SkStorage<abi::Peer> = SkStorage::new();
 
 const NO_EXIST: u64 = 1;
 
@@ -60,10 +60,19 @@ const NO_EXIST: u64 = 1;
 #[inline(always)]
 fn add(backend: &abi::BackendKey, difference: i64) -> bool {
     let Some(count) = CONNECTIONS.get_ptr_mut(backend) else { return false };
-    // Rust has no atomic addition for this target, since it has none that hands out the old value on every kernel.
     // SAFETY: the element stays memory of the map, and everybody changes it by this operation.
-    unsafe { asm!("lock *(u64 *)({count} + 0) += {difference}", count = in(reg) count, difference = in(reg) difference, options(nostack)) };
+    unsafe { atomic_add(count.cast(), difference as u64) };
     true
+}
+
+/// Rust has no atomic addition for this target, since it has none that hands out the old value on every kernel.
+///
+/// # Safety
+/// The counter is in an element of a map that this program may change, and is changed by such additions only.
+#[inline(always)]
+pub unsafe fn atomic_add(counter: *mut u64, more: u64) {
+    // SAFETY: the caller's.
+    unsafe { asm!("lock *(u64 *)({counter} + 0) += {more}", counter = in(reg) counter, more = in(reg) more, options(nostack)) };
 }
 
 /// The kernel's maps.
@@ -197,4 +206,10 @@ pub fn count(service: u32, update: impl FnOnce(&mut abi::Counters)) {
         // SAFETY: the element belongs to this CPU; a program that interrupts this one costs at most one count.
         update(unsafe { &mut *counters });
     }
+}
+
+/// `PEERS` as the helpers take it.
+#[inline(always)]
+pub fn peers() -> *mut core::ffi::c_void {
+    core::ptr::from_ref(&PEERS).cast_mut().cast()
 }

@@ -10,12 +10,14 @@ use aya_ebpf::helpers::generated::{
 use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::TcContext;
-use outrigger_abi::{Addr, Flow, Fragment, Port, Ports, TCP, Tuple, UDP, Uplink, activity, flow_flags};
+use outrigger_abi::sight::{Reason, event_kind};
+use outrigger_abi::{Addr, Endpoint, Flow, Fragment, Port, Ports, TCP, Tuple, UDP, Uplink, activity, flow_flags};
 use outrigger_logic::packet::{self, Action, Flows, Packet, Part, arrive, leave, may_open};
 use outrigger_logic::service::{Choice, Tables, Verdict};
 
 use crate::header::{DROP, ICMP, ICMPV6, IPV4, IPV6, L3, NEXT, ethertype, header, ifindex, is_error, load};
-use crate::maps::{FLOWS, FRAGMENTS, Kernel, UPLINKS, activate, count, is_active};
+use crate::maps::{FLOWS, FRAGMENTS, Kernel, UPLINKS, activate, is_active};
+use crate::sight::{self, Told};
 
 const PSEUDO_HEADER: u64 = 0x10;
 const MANGLED_0: u64 = 0x20;
@@ -238,7 +240,11 @@ fn rewrite(skb: *mut __sk_buff, scratch: *mut Scratch) -> i32 {
         Part::Later => rewrite_addresses(skb, place, addresses(&packet.tuple, to), to),
         Part::Error => rewrite_error(skb, place, &packet.tuple, to),
     };
-    if done { NEXT } else { DROP }
+    if done {
+        return NEXT;
+    }
+    sight::refused(0, Reason::Malformed);
+    DROP
 }
 
 /// What changes in a checksum over the addresses. Source and destination lie side by side in a tuple; the prefixes of mapped addresses
@@ -374,10 +380,12 @@ fn forward(skb: *mut __sk_buff, scratch: *mut Scratch) -> i32 {
     // SAFETY: as in the programs; only `route` is written.
     let (place, to) = unsafe { (&(*scratch).place, &(*scratch).to) };
     if !age(skb, place) {
+        sight::refused(0, Reason::Ttl);
         return DROP;
     }
     let interface = route(skb, scratch, to);
     if interface == 0 {
+        sight::refused(0, Reason::NoRoute);
         return DROP;
     }
     // The neighbour is named, so that the route needn't be looked up again, and its MAC address is the kernel's to find and to keep fresh.
@@ -404,8 +412,10 @@ fn age(skb: *mut __sk_buff, place: &Place) -> bool {
 
 const PASS: u32 = 0;
 const REFUSE: u32 = 1;
-const DROPPED: u32 = 2;
-const TO: u32 = 3;
+const TO: u32 = 2;
+/// Dropped by `Reason::SourceRange`, and by `Reason::LocalPolicy`.
+const STRANGER: u32 = 3;
+const FAR: u32 = 4;
 
 /// Where the packet goes: what a verdict holds beside its kind is left in `choice`.
 #[inline(never)]
@@ -418,15 +428,48 @@ fn lead(scratch: *mut Scratch, outside: u32) -> u32 {
             choice.service = service;
             REFUSE
         }
-        Verdict::Drop(service) => {
+        Verdict::Drop(service, reason) => {
             choice.service = service;
-            DROPPED
+            if reason == Reason::SourceRange { STRANGER } else { FAR }
         }
         Verdict::To(found) => {
             *choice = found;
             TO
         }
     }
+}
+
+/// Counts and tells that the packet came to nothing.
+#[inline(never)]
+fn refused(scratch: *mut Scratch, service: u32, reason: Reason) {
+    sight::refused(service, reason);
+    if sight::is_watched() {
+        // SAFETY: as in the programs; it is only read.
+        let tuple = unsafe { &(*scratch).packet.tuple };
+        sight::tell(|| Told { kind: event_kind::REFUSED, reason: reason as u8, service, ..Told::packet(tuple) });
+    }
+}
+
+/// Counts and tells that the packet's connection was led to a backend.
+#[inline(never)]
+fn opened(scratch: *mut Scratch, service: u32) {
+    // SAFETY: as in the programs; both are only read.
+    let (tuple, to) = unsafe { (&(*scratch).packet.tuple, &(*scratch).to) };
+    sight::connected(service, Endpoint::new(to.dst, to.dport));
+    if sight::is_watched() {
+        sight::tell(|| Told { kind: event_kind::OPENED, backend: Endpoint::new(to.dst, to.dport), service, ..Told::packet(tuple) });
+    }
+}
+
+/// Tells that both sides have closed the flow.
+#[inline(never)]
+fn closed(tuple: &Tuple, flow: *const Flow) {
+    // SAFETY: it is an element of the map of flows; read torn, it tells of a connection that isn't.
+    let flow = unsafe { &*flow };
+    sight::tell(|| {
+        let backend = Endpoint::new(flow.to.dst, flow.to.dport);
+        Told { kind: event_kind::CLOSED, backend, service: flow.service, ..Told::packet(tuple) }
+    });
 }
 
 /// Refuses a connection in the frontend's name.
@@ -461,8 +504,9 @@ impl Flows for Hook {
         match kind {
             TO => Verdict::To(choice),
             REFUSE => Verdict::Refuse(choice.service),
-            DROPPED => Verdict::Drop(choice.service),
-            _ => Verdict::Pass,
+            PASS => Verdict::Pass,
+            STRANGER => Verdict::Drop(choice.service, Reason::SourceRange),
+            _ => Verdict::Drop(choice.service, Reason::LocalPolicy),
         }
     }
 
@@ -474,6 +518,11 @@ impl Flows for Hook {
     #[inline(always)]
     fn open(&self, node: &Uplink, outside: bool, _packet: &Packet, _choice: &Choice, _to: &mut Tuple) -> Action {
         open(self.skb, self.scratch, node, outside as u32)
+    }
+
+    #[inline(always)]
+    fn refused(&self, _packet: &Packet, service: u32, reason: Reason) {
+        refused(self.scratch, service, reason);
     }
 
     #[inline(always)]
@@ -521,7 +570,7 @@ impl Flows for Hook {
 
     #[inline(always)]
     fn set_flow(&self, tuple: &Tuple, flow: &Flow) {
-        count(flow.service, |counters| counters.connections += 1);
+        opened(self.scratch, flow.service);
         // A full LRU map evicts.
         let _ = FLOWS.insert(tuple, flow, 0);
         activate(if flow.flags & flow_flags::POD != 0 { activity::POD } else { activity::OUTSIDE });
@@ -538,8 +587,12 @@ impl Flows for Hook {
         match FLOWS.get_ptr_mut(tuple) {
             // SAFETY: as in `flow`; two packets of one direction at once set the same bits.
             Some(flow) => unsafe {
+                let before = (*flow).flags;
                 (*flow).flags |= flags;
-                (*flow).flags
+                if flags & flow_flags::CLOSED != 0 && before & (flow_flags::CLOSED | flow_flags::REPLY) == 0 && sight::is_watched() {
+                    closed(tuple, flow);
+                }
+                before | flags
             },
             None => 0,
         }

@@ -6,12 +6,15 @@ use aya_ebpf::helpers::generated::{
 };
 use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr};
 use aya_ebpf::programs::{SockAddrContext, SockContext};
-use core::ptr::{addr_of, addr_of_mut, from_ref, null_mut};
+use core::ptr::{addr_of, addr_of_mut, null_mut};
+use outrigger_abi::sight::{Reason, event_kind};
 use outrigger_abi::{Addr, Datagram, DatagramKey, Endpoint, Peer, Port, UDP};
 use outrigger_logic::service::{Client, Tables, Verdict};
+use outrigger_logic::sight::without_backend;
 use outrigger_logic::socket::{self, Socket};
 
-use crate::maps::{DATAGRAMS, Kernel, PEERS, count, host_namespace};
+use crate::maps::{DATAGRAMS, Kernel, host_namespace, peers};
+use crate::sight::{self, Told};
 
 const ALLOW: i32 = 1;
 const DENY: i32 = 0;
@@ -76,19 +79,24 @@ fn connect(hook: &Hook) -> i32 {
         Verdict::To(choice) => {
             if let Some(peer) = hook.note() {
                 socket::leave(&Kernel, peer);
-                socket::note(peer, dest, protocol, &choice, Kernel.now());
+                // How long a connect takes is measured from here.
+                let now = if protocol == UDP { Kernel.now() } else { sight::now() };
+                socket::note(peer, dest, protocol, &choice, now);
                 socket::enter(&Kernel, peer, &choice);
             }
             if protocol == UDP {
                 socket::note_connected(hook, dest, choice.backend, Kernel.now());
+                hook.opened(dest, choice.backend, choice.service, protocol);
             }
             hook.set_endpoint(choice.backend);
-            count(choice.service, |counters| counters.connections += 1);
+            sight::connected(choice.service, choice.backend);
             ALLOW
         }
-        Verdict::Refuse(service) if socket::fails_at_once(protocol, client) => refuse(service, ECONNREFUSED),
-        Verdict::Drop(service) if socket::fails_at_once(protocol, client) => refuse(service, ETIMEDOUT),
-        Verdict::Pass | Verdict::Refuse(_) | Verdict::Drop(_) => {
+        Verdict::Refuse(service) if socket::fails_at_once(protocol, client) => {
+            refuse(hook, protocol, service, without_backend(service), ECONNREFUSED)
+        }
+        Verdict::Drop(service, reason) if socket::fails_at_once(protocol, client) => refuse(hook, protocol, service, reason, ETIMEDOUT),
+        Verdict::Pass | Verdict::Refuse(_) | Verdict::Drop(..) => {
             // The socket may have been led somewhere by an earlier connect.
             hook.forget();
             ALLOW
@@ -112,13 +120,14 @@ fn send(hook: &Hook) -> i32 {
             }
             hook.set_endpoint(choice.backend);
             if first {
-                count(choice.service, |counters| counters.connections += 1);
+                sight::connected(choice.service, choice.backend);
+                hook.opened(dest, choice.backend, choice.service, protocol);
             }
             ALLOW
         }
-        Verdict::Refuse(service) => refuse(service, ECONNREFUSED),
+        Verdict::Refuse(service) => refuse(hook, protocol, service, without_backend(service), ECONNREFUSED),
         // A datagram that is dropped looks like one that was lost.
-        Verdict::Drop(service) => refuse(service, ECONNREFUSED),
+        Verdict::Drop(service, reason) => refuse(hook, protocol, service, reason, ECONNREFUSED),
     }
 }
 
@@ -139,8 +148,18 @@ fn peer_name(hook: &Hook) -> i32 {
 }
 
 #[inline(always)]
-fn refuse(service: u32, errno: i32) -> i32 {
-    count(service, |counters| counters.refused += 1);
+fn refuse(hook: &Hook, protocol: u8, service: u32, reason: Reason, errno: i32) -> i32 {
+    sight::refused(service, reason);
+    if sight::is_watched() {
+        hook.tell(|| Told {
+            frontend: hook.endpoint(),
+            service,
+            kind: event_kind::REFUSED,
+            reason: reason as u8,
+            protocol,
+            ..Told::NOTHING
+        });
+    }
     // SAFETY: takes a number; the hook kinds used here all have a return value to set.
     unsafe { bpf_set_retval(-errno) };
     DENY
@@ -208,6 +227,21 @@ impl Hook {
         Client::Socket { namespace, host: namespace == host_namespace() }
     }
 
+    /// For sockets whose connect is no moment of its own.
+    #[inline(always)]
+    fn opened(&self, frontend: Endpoint, backend: Endpoint, service: u32, protocol: u8) {
+        if sight::is_watched() {
+            self.tell(|| Told { frontend, backend, service, kind: event_kind::OPENED, protocol, ..Told::NOTHING });
+        }
+    }
+
+    /// The socket has no source yet, but its namespace says whose it is.
+    #[inline(always)]
+    fn tell(&self, told: impl FnOnce() -> Told) {
+        // SAFETY: the helper takes this hook's context.
+        sight::tell(|| Told { namespace: unsafe { bpf_get_netns_cookie(self.ctx.cast()) }, ..told() });
+    }
+
     #[inline(always)]
     fn sock(&self) -> *mut bpf_sock {
         // SAFETY: the context is valid; the kernel guarantees a full socket here.
@@ -231,7 +265,7 @@ impl Hook {
         if let Some(peer) = stored(self.sock(), 0) {
             socket::leave(&Kernel, peer);
             // SAFETY: map and socket are valid.
-            unsafe { bpf_sk_storage_delete(map(), self.sock().cast()) };
+            unsafe { bpf_sk_storage_delete(peers(), self.sock().cast()) };
         }
     }
 }
@@ -240,14 +274,9 @@ impl Hook {
 #[inline(always)]
 fn stored<'a>(sock: *mut bpf_sock, flags: u64) -> Option<&'a mut Peer> {
     // SAFETY: map and socket are valid; without an initial value the storage starts as zeros.
-    let peer = unsafe { bpf_sk_storage_get(map(), sock.cast(), null_mut(), flags) }.cast::<Peer>();
+    let peer = unsafe { bpf_sk_storage_get(peers(), sock.cast(), null_mut(), flags) }.cast::<Peer>();
     // SAFETY: the storage lives as long as the socket, which outlives the call; any bit pattern is a peer.
     unsafe { peer.as_mut() }
-}
-
-#[inline(always)]
-fn map() -> *mut core::ffi::c_void {
-    from_ref(&PEERS).cast_mut().cast()
 }
 
 impl Socket for Hook {

@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::time::Duration;
 
-use outrigger_desired::{Delta, Frontend, ServicePortName, Table};
+use outrigger_desired::{Delta, Frontend, Table};
 
 use crate::config::Mode;
+use crate::sight::{Counts, Event};
 
 /// A boxed future, so that the backend in use can be swapped while running.
 pub type Pending<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -52,14 +53,6 @@ pub struct Applied {
     pub removed: usize,
     /// Sockets and conntrack entries of gone backends that were ended; see also [`Backend::ended`].
     pub ended: usize,
-}
-
-/// What was counted for one Service port since the kernel first knew it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counted {
-    pub connections: u64,
-    /// New connections refused or dropped for want of a backend.
-    pub refused: u64,
 }
 
 /// A connection or flow that lives through a Service.
@@ -118,10 +111,14 @@ pub trait Backend: Send {
         Ok(None)
     }
 
-    /// Service ports that something was counted for; none where nothing counts.
-    fn counted(&self) -> Result<Vec<(ServicePortName, Counted)>> {
-        Ok(Vec::new())
-    }
+    /// What was counted of the table's Service ports.
+    fn counted(&self, table: &Table) -> Result<Counts>;
+
+    /// What happened since the last call; the first call begins to listen.
+    fn events(&self, table: &Table) -> Result<Vec<Event>>;
+
+    /// Nobody asks for events any more.
+    fn quiet(&self);
 
     fn live(&self, table: &Table) -> Result<Vec<Live>>;
 

@@ -15,10 +15,16 @@ use crate::netlink::{self, Attributes, Builder, Connection};
 const CT_GET: u16 = (1 << 8) | 1;
 const CT_DELETE: u16 = (1 << 8) | 2;
 
+const CT_NEW: u16 = 1 << 8;
+
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
 const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
+
+mod listener;
+
+pub use listener::Listener;
 
 /// One direction of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,11 +12,13 @@ pub mod nftables;
 pub mod policy;
 pub mod probe;
 pub mod proxy;
+pub mod sight;
 #[cfg(test)]
 mod testing;
 pub mod userspace;
 
-pub use backend::{Applied, Backend, BackendError, Counted, Live, Parting, Pending, Restored};
+pub use backend::{Applied, Backend, BackendError, Live, Parting, Pending, Restored};
 pub use config::{Config, Mode, ModeChoice, PodInterfaces};
 pub use probe::Choice;
 pub use proxy::{Health, Proxy, ProxyHandle, View};
+pub use sight::{Counted, Counts};

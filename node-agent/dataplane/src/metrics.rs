@@ -82,7 +82,13 @@ impl Exposition {
         self.suffixed(name, kind, help, samples.into_iter().map(|(labels, value)| ("", labels, value)));
     }
 
-    fn suffixed<V: Display>(&mut self, name: &str, kind: &str, help: &str, samples: impl IntoIterator<Item = (&'static str, String, V)>) {
+    pub(crate) fn suffixed<V: Display>(
+        &mut self,
+        name: &str,
+        kind: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = (&'static str, String, V)>,
+    ) {
         let mut samples = samples.into_iter().peekable();
         if samples.peek().is_none() {
             return;

@@ -105,6 +105,35 @@ impl Connection {
         Ok(Self { socket })
     }
 
+    /// Hears what the kernel tells to these multicast groups (a bit each), and never waits for it.
+    pub fn listen(protocol: isize, groups: u32) -> io::Result<Self> {
+        let mut socket = Socket::new(protocol)?;
+        socket.bind(&SocketAddr::new(0, groups))?;
+        socket.set_non_blocking(true)?;
+        Ok(Self { socket })
+    }
+
+    /// What has been told since; false when some of it was lost.
+    pub fn heard(&self, mut take: impl FnMut(Message<'_>)) -> io::Result<bool> {
+        let mut whole = true;
+        loop {
+            match self.socket.recv_from_full() {
+                Ok((datagram, _)) => Messages(&datagram).for_each(&mut take),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(whole),
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => whole = false,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Room for what comes between two looks; without the privilege for that the system's limit stays.
+    pub fn allow_many_messages(&self) -> io::Result<()> {
+        setsockopt(&self.socket, sockopt::RcvBufForce, &(1 << 22)).or_else(|error| match error {
+            nix::errno::Errno::EPERM => Ok(()),
+            other => Err(other.into()),
+        })
+    }
+
     /// One message that asks for an acknowledgement.
     pub fn request(&self, message: &[u8]) -> io::Result<()> {
         self.socket.send(message, 0)?;

@@ -3,17 +3,23 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use outrigger_desired::{Change, Delta, State, Table, Touched, Watched};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::backend::{Applied, Backend, BackendError, Parting, Result};
 use crate::config::{Config, Mode, ModeChoice};
 use crate::health::Checks;
 use crate::metrics::Metrics;
 use crate::probe::{self, Choice};
+use crate::sight::Event;
 
 /// The longest pause between attempts after a failed apply.
 const MAX_RETRY: Duration = Duration::from_secs(30);
 const FIRST_RETRY: Duration = Duration::from_millis(100);
+
+/// How often those who watch are told.
+const TELL_INTERVAL: Duration = Duration::from_millis(50);
+/// A watcher that is so far behind misses the oldest.
+const MAX_EVENTS: usize = 1 << 14;
 
 /// How the proxy is doing, for health endpoints and tests.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -69,6 +75,8 @@ pub struct ProxyHandle {
 #[derive(Default)]
 struct Shared {
     metrics: Mutex<Metrics>,
+    /// Where those who watch are told; `None` while nobody does.
+    watchers: Mutex<Option<broadcast::Sender<Event>>>,
 }
 
 pub struct Proxy {
@@ -342,6 +350,27 @@ async fn restore(backend: &mut dyn Backend, choice: &Choice) -> Result<()> {
     Ok(())
 }
 
+/// Tells the watchers until none is left.
+async fn tell(proxy: ProxyHandle) {
+    let mut ticks = tokio::time::interval(TELL_INTERVAL);
+    loop {
+        ticks.tick().await;
+        let asked = proxy.ask(|view| view.backend.events(view.table)).await;
+        let mut watchers = proxy.shared.watchers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let Some(sender) = watchers.as_ref().filter(|sender| sender.receiver_count() > 0 && asked.is_some()) else {
+            *watchers = None;
+            break;
+        };
+        match asked {
+            // Each may have gone meanwhile.
+            Some(Ok(events)) => events.into_iter().for_each(|event| _ = sender.send(event)),
+            Some(Err(error)) => tracing::warn!(%error, "those who watch connections miss some"),
+            None => {}
+        }
+    }
+    proxy.ask(|view| view.backend.quiet()).await;
+}
+
 impl ProxyHandle {
     pub fn choice(&self) -> Choice {
         self.choice.borrow().clone()
@@ -373,6 +402,18 @@ impl ProxyHandle {
         });
         self.commands.send(Command::Ask(question)).await.ok()?;
         answer.await.ok()
+    }
+
+    /// What happens to connections from now on. One task asks the backend in use for all who watch, for as long as somebody does.
+    pub fn watch(&self) -> broadcast::Receiver<Event> {
+        let mut watchers = self.shared.watchers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(sender) = &*watchers {
+            return sender.subscribe();
+        }
+        let (sender, receiver) = broadcast::channel(MAX_EVENTS);
+        *watchers = Some(sender);
+        tokio::spawn(tell(self.clone()));
+        receiver
     }
 
     /// Resolves once the kernel carries what was listed first.

@@ -62,17 +62,23 @@ pub struct Monitor {
     /// Only Services whose namespace/name begins so
     #[arg(long)]
     service: Option<String>,
+    /// Only from this pod of the node, or to it (namespace/name)
+    #[arg(long)]
+    pod: Option<String>,
+    /// Only with a Service or a pod of this namespace
+    #[arg(long)]
+    namespace: Option<String>,
     /// Only from this address (or the beginning of one)
     #[arg(long)]
     from: Option<String>,
-    /// Only what is translated, or refused
+    /// Only to this frontend or backend (or the beginning of one)
+    #[arg(long)]
+    to: Option<String>,
+    /// Only what is opened, closed, refused, dropped, or translated (led to a backend)
     #[arg(long)]
     verdict: Option<String>,
     #[arg(long, value_parser = ["TCP", "UDP", "SCTP"], ignore_case = true)]
     protocol: Option<String>,
-    /// How often to look, in milliseconds
-    #[arg(long, default_value_t = 1000)]
-    millis: u64,
     #[command(flatten)]
     socket: Socket,
 }
@@ -156,18 +162,34 @@ pub fn services(options: &Services) -> Result<()> {
         for port in list(answer) {
             let colon = if text(port, "port").is_empty() { "" } else { ":" };
             let counted = &port["counted"];
-            let counts = if counted.is_null() {
-                String::new()
-            } else {
-                format!("  {} connections, {} refused", counted["connections"], counted["refused"])
-            };
+            let counts = if counted.is_null() { String::new() } else { counts(counted) };
             say!("{}{colon}{}{counts}", text(port, "service"), text(port, "port"));
             for frontend in list(&port["frontends"]) {
                 say!("  {:<12} {} -> {}", text(frontend, "kind"), text(frontend, "frontend"), backends(frontend));
             }
+            for backend in list(&counted["backends"]) {
+                let failed = backend["failed"].as_u64().filter(|failed| *failed > 0).map(|failed| format!(", {failed} failed"));
+                let bytes = backend["sent"].as_u64().zip(backend["received"].as_u64());
+                let bytes = bytes.map(|(sent, received)| format!(", {sent} B there, {received} B back"));
+                let (failed, bytes) = (failed.unwrap_or_default(), bytes.unwrap_or_default());
+                say!("  {:<12} {}: {} connections{failed}{bytes}", "Backend", text(backend, "address"), backend["connections"]);
+            }
         }
     });
     Ok(())
+}
+
+fn counts(counted: &Value) -> String {
+    let mut text = format!("  {} connections, {} refused", counted["connections"], counted["refused"]);
+    let drops = counted["drops"].as_object().into_iter().flatten().map(|(reason, count)| format!("{reason} {count}"));
+    let drops = drops.collect::<Vec<_>>().join(", ");
+    if !drops.is_empty() {
+        text += &format!(" ({drops})");
+    }
+    if let Some(seconds) = counted["meanConnectSeconds"].as_f64() {
+        text += &format!(", {:.3} ms to connect", seconds * 1000.0);
+    }
+    text
 }
 
 fn backends(frontend: &Value) -> String {
@@ -207,8 +229,9 @@ pub fn trace(options: &Trace) -> Result<()> {
     Ok(())
 }
 
+/// What happens to connections, for as long as the agent runs.
 pub fn monitor(options: &Monitor) -> Result<()> {
-    for line in options.socket.ask("GET", &format!("/monitor?millis={}", options.millis))?.lines() {
+    for line in options.socket.ask("GET", "/monitor")?.lines() {
         let line = line.context("the agent has ended")?;
         let event: Value = serde_json::from_str(&line).context("read the agent's answer")?;
         if !is_wanted(options, &event) {
@@ -216,33 +239,50 @@ pub fn monitor(options: &Monitor) -> Result<()> {
         }
         match text(&event, "event") {
             _ if options.socket.json => say!("{line}"),
-            "count" => say!("{:<6} {} x{} {}", "", text(&event, "service"), event["connections"], text(&event, "verdict")),
-            "error" => say!("error  {}", text(&event, "message")),
-            what => say!(
-                "{what:<6} {} {} {} -> {} -> {}",
-                text(&event, "protocol"),
-                text(&event, "service"),
-                text(&event, "source"),
-                text(&event, "frontend"),
-                text(&event, "backend")
-            ),
+            "error" => say!("error    {}", text(&event, "message")),
+            what => say!("{what:<8} {}", sentence(&event)),
         }
     }
     Ok(())
 }
 
+fn sentence(event: &Value) -> String {
+    let named = |address: &str, pod: &str| match event[pod].as_str() {
+        Some(pod) => format!("{} ({pod})", text(event, address)),
+        None => text(event, address).to_owned(),
+    };
+    let mut words = vec![text(event, "protocol").to_owned(), text(event, "service").to_owned(), named("source", "sourcePod")];
+    words.extend(["->".to_owned(), text(event, "frontend").to_owned()]);
+    if !event["backend"].is_null() {
+        words.extend(["->".to_owned(), named("backend", "backendPod")]);
+    }
+    words.extend(event["reason"].as_str().map(|reason| format!("({reason})")));
+    words.extend(event["count"].as_u64().map(|count| format!("x{count}")));
+    if let (Some(sent), Some(received)) = (event["sent"].as_u64(), event["received"].as_u64()) {
+        words.push(format!("{sent} B there, {received} B back"));
+    }
+    words.extend(event["seconds"].as_f64().map(|seconds| format!("{:.3} ms", seconds * 1000.0)));
+    words.join(" ")
+}
+
 fn is_wanted(options: &Monitor, event: &Value) -> bool {
-    let begins = |name: &str, wanted: &Option<String>| {
-        wanted.as_ref().is_none_or(|wanted| event[name].as_str().is_some_and(|text| text.starts_with(wanted.as_str())))
+    let begins = |names: &[&str], wanted: &Option<String>| {
+        let one = |name: &&str, wanted: &str| event[*name].as_str().is_some_and(|text| text.starts_with(wanted));
+        wanted.as_ref().is_none_or(|wanted| names.iter().any(|name| one(name, wanted)))
     };
-    let equals = |name: &str, wanted: &Option<String>| {
-        wanted.as_ref().is_none_or(|wanted| event[name].as_str().is_some_and(|text| text.eq_ignore_ascii_case(wanted)))
+    let equals = |names: &[&str], wanted: &Option<String>| {
+        let one = |name: &&str, wanted: &str| event[*name].as_str().is_some_and(|text| text.eq_ignore_ascii_case(wanted));
+        wanted.as_ref().is_none_or(|wanted| names.iter().any(|name| one(name, wanted)))
     };
+    let namespace = options.namespace.as_ref().map(|namespace| format!("{namespace}/"));
     event["event"] == "error"
-        || (begins("service", &options.service)
-            && begins("source", &options.from)
-            && equals("verdict", &options.verdict)
-            && equals("protocol", &options.protocol))
+        || (begins(&["service"], &options.service)
+            && equals(&["sourcePod", "backendPod"], &options.pod)
+            && begins(&["service", "sourcePod", "backendPod"], &namespace)
+            && begins(&["source"], &options.from)
+            && begins(&["frontend", "backend"], &options.to)
+            && equals(&["verdict", "event"], &options.verdict)
+            && equals(&["protocol"], &options.protocol))
 }
 
 #[cfg(test)]
@@ -253,5 +293,31 @@ mod tests {
     fn queries_are_escaped() {
         assert_eq!(escaped("default/web"), "default/web");
         assert_eq!(escaped("[fd00::1]:80&x=y"), "%5Bfd00::1%5D:80%26x%3Dy");
+    }
+
+    #[test]
+    fn filters_choose_by_every_side_of_a_connection() {
+        let event = serde_json::json!({
+            "event": "closed", "verdict": "translated", "service": "shop/web", "protocol": "TCP", "source": "10.0.0.1:4000",
+            "sourcePod": "users/client", "frontend": "10.96.0.1:80", "backend": "10.0.0.2:8080", "sent": 3, "received": 4, "seconds": 0.5,
+        });
+        let wanted = |flags: &str| {
+            #[derive(clap::Parser)]
+            struct Command {
+                #[command(flatten)]
+                monitor: Monitor,
+            }
+            let command = <Command as clap::Parser>::parse_from(std::iter::once("monitor").chain(flags.split_whitespace()));
+            is_wanted(&command.monitor, &event)
+        };
+        let all = "--service shop/ --pod users/client --from 10.0.0.1 --to 10.96 --verdict translated --protocol tcp";
+        for flags in ["", all, "--to 10.0.0.2:8080", "--namespace users", "--namespace shop", "--verdict closed"] {
+            assert!(wanted(flags), "{flags}");
+        }
+        for flags in ["--pod users/other", "--namespace user", "--from 10.0.0.2", "--verdict dropped", "--protocol UDP"] {
+            assert!(!wanted(flags), "{flags}");
+        }
+        let text = "TCP shop/web 10.0.0.1:4000 (users/client) -> 10.96.0.1:80 -> 10.0.0.2:8080 3 B there, 4 B back 500.000 ms";
+        assert_eq!(sentence(&event), text);
     }
 }

@@ -4,7 +4,7 @@ use std::fs::{self, Permissions};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::time::Duration;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use axum::body::Body;
@@ -13,12 +13,15 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use futures::StreamExt;
+use k8s_openapi::api::core::v1::Pod;
 use outrigger_cluster::Key;
 use outrigger_cluster::watch::Watch;
 use outrigger_dataplane::{ProxyHandle, View};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::net::UnixListener;
+use tokio::sync::broadcast::error::RecvError;
 
 use super::sight;
 use crate::policy::Policing;
@@ -161,30 +164,38 @@ fn pod_ip(watch: &Watch, name: &str) -> Answer<std::net::IpAddr> {
     ip.ok_or_else(|| Refusal(StatusCode::NOT_FOUND, format!("no pod {namespace}/{name} with an address is known here: give its address")))
 }
 
-#[derive(Deserialize)]
-struct Monitor {
-    #[serde(default = "one_second")]
-    millis: u64,
-}
-
-fn one_second() -> u64 {
-    1000
-}
-
-/// One JSON object per line, for as long as somebody reads.
-async fn monitor(State(sources): State<Sources>, Query(Monitor { millis }): Query<Monitor>) -> Answer<Response> {
-    sources.proxy()?;
-    let pause = Duration::from_millis(millis.max(100));
-    let lines = futures::stream::unfold((sources, sight::Seen::default(), true), move |(sources, mut seen, first)| async move {
-        if !first {
-            tokio::time::sleep(pause).await;
-        }
-        let read = sources.ask(sight::Snapshot::read).await.ok()?;
-        let lines = match read {
-            Ok(snapshot) => seen.events(snapshot).iter().fold(String::new(), |text, event| text + &event.to_string() + "\n"),
-            Err(error) => json!({"event": "error", "message": error.to_string()}).to_string() + "\n",
+/// One JSON object per line, for as long as somebody reads: first what lives, then what happens.
+async fn monitor(State(sources): State<Sources>) -> Answer<Response> {
+    let events = sources.proxy()?.watch();
+    let named = pods(&sources.watch);
+    let live = sources.ask(move |view| sight::live(view, &named)).await?;
+    let first = match live {
+        Ok(live) => live.iter().fold(String::new(), |text, event| text + &event.to_string() + "\n"),
+        Err(error) => trouble(&error.to_string()),
+    };
+    let rest = futures::stream::unfold((sources, events), |(sources, mut events)| async move {
+        let line = match events.recv().await {
+            Ok(event) => sight::event(&event, &pods(&sources.watch)).to_string() + "\n",
+            Err(RecvError::Lagged(missed)) => trouble(&format!("{missed} events came too fast")),
+            Err(RecvError::Closed) => return None,
         };
-        Some((Ok::<_, Infallible>(lines), (sources, seen, false)))
+        Some((line, (sources, events)))
     });
+    let lines = futures::stream::once(std::future::ready(first)).chain(rest).map(Ok::<_, Infallible>);
     Ok(Body::from_stream(lines).into_response())
+}
+
+fn trouble(message: &str) -> String {
+    json!({"event": "error", "message": message}).to_string() + "\n"
+}
+
+/// By the addresses that are their own.
+fn pods(watch: &Watch) -> sight::Pods {
+    let named = |pod: Arc<Pod>| {
+        let own = pod.spec.as_ref().is_some_and(|spec| spec.host_network != Some(true));
+        let name = Key::of_meta(&pod.metadata).to_string();
+        let addresses = pod.status.as_ref().filter(|_| own)?.pod_ips.iter().flatten();
+        Some(addresses.filter_map(|address| Some((address.ip.parse().ok()?, name.clone()))).collect::<Vec<_>>())
+    };
+    watch.pods.list().into_iter().filter_map(named).flatten().collect()
 }

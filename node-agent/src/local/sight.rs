@@ -1,28 +1,44 @@
 //! What a running proxy shows of itself: Services, where a packet would go, and what lives now.
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
+use outrigger_dataplane::sight::{Event, Traffic, What, service_of};
 use outrigger_dataplane::{BackendError, Counted, Live, View};
 use outrigger_desired::trace::{self, Flow, Verdict};
-use outrigger_desired::{Address, Endpoint, Entry, Family, Frontend, Protocol, ServicePortName, Table};
+use outrigger_desired::{Address, Endpoint, Entry, Family, Frontend, Protocol, ServicePortName};
 use serde_json::{Value, json};
 
 /// Every Service port whose name begins so, with its frontends, backends and counters.
 pub fn services(view: &View<'_>, name: &str) -> Value {
-    let counted: HashMap<ServicePortName, Counted> = view.backend.counted().unwrap_or_default().into_iter().collect();
+    let counted = view.backend.counted(view.table).unwrap_or_default().services;
     let mut ports: BTreeMap<&ServicePortName, Vec<(&Frontend, &Entry)>> = BTreeMap::new();
     for (frontend, entry) in view.table.iter().filter(|(_, entry)| entry.service.service.as_str().starts_with(name)) {
         ports.entry(&entry.service).or_default().push((frontend, entry));
     }
     let port = |(name, mut frontends): (&ServicePortName, Vec<(&Frontend, &Entry)>)| {
         frontends.sort_by_key(|(frontend, _)| **frontend);
-        let counts = counted.get(name).map(|counts| json!({"connections": counts.connections, "refused": counts.refused}));
         json!({
-            "service": name.service.as_str(), "port": &*name.port, "counted": counts,
+            "service": name.service.as_str(), "port": &*name.port, "counted": counted.get(name).map(counts),
             "frontends": frontends.into_iter().map(|(frontend, entry)| described(frontend, entry)).collect::<Vec<_>>(),
         })
     };
     Value::Array(ports.into_iter().map(port).collect())
+}
+
+fn counts(counted: &Counted) -> Value {
+    let backend = |(backend, traffic): (&SocketAddr, &Traffic)| {
+        let (sent, received) = traffic.bytes.unzip();
+        json!({
+            "address": backend.to_string(), "connections": traffic.connections, "failed": traffic.failed, "sent": sent, "received": received,
+        })
+    };
+    let connects = counted.connect.as_ref().map(|connect| (connect.nanoseconds, connect.buckets.iter().sum::<u64>()));
+    let mean = connects.filter(|(_, count)| *count > 0).map(|(nanoseconds, count)| nanoseconds as f64 / 1e9 / count as f64);
+    let drops: serde_json::Map<_, _> = counted.drops.iter().map(|(reason, count)| (reason.name().to_owned(), json!(count))).collect();
+    json!({
+        "connections": counted.connections, "refused": counted.refused(), "drops": drops, "meanConnectSeconds": mean,
+        "backends": counted.backends.iter().map(backend).collect::<Vec<_>>(),
+    })
 }
 
 fn described(frontend: &Frontend, entry: &Entry) -> Value {
@@ -102,108 +118,104 @@ fn found(view: &View<'_>, flow: &Flow, outside: bool, client: Option<SocketAddr>
     Ok((found, chosen))
 }
 
-/// What lives at one moment.
-pub struct Snapshot {
-    live: HashMap<Live, Option<String>>,
-    counted: HashMap<ServicePortName, Counted>,
+/// Connections that live now.
+pub fn live(view: &View<'_>, pods: &Pods) -> Result<Vec<Value>, BackendError> {
+    let described = |live: Live| {
+        let service = service_of(view.table, live.frontend, live.protocol);
+        parties("live", "translated", service, live.protocol, live.source, Some(live.frontend), Some(live.backend), pods)
+    };
+    Ok(view.backend.live(view.table)?.into_iter().map(described).collect())
 }
 
-impl Snapshot {
-    pub fn read(view: &View<'_>) -> Result<Self, BackendError> {
-        let live = view.backend.live(view.table)?;
-        Ok(Self {
-            live: live.into_iter().map(|live| (live.clone(), service(view.table, &live))).collect(),
-            counted: view.backend.counted()?.into_iter().collect(),
-        })
-    }
-}
-
-fn service(table: &Table, live: &Live) -> Option<String> {
-    let protocol = protocol(live.protocol)?;
-    let at = |address| table.get(&Frontend { address, port: live.frontend.port(), protocol });
-    let ip = live.frontend.ip();
-    at(Address::Ip(ip)).or_else(|| at(Address::Node(Family::of(ip)))).map(|entry| entry.service.to_string())
-}
-
-fn protocol(number: u8) -> Option<Protocol> {
-    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|protocol| protocol.number() == number)
-}
-
-/// What a watcher knows already.
-#[derive(Default)]
-pub struct Seen {
-    live: HashMap<Live, Option<String>>,
-    counted: Option<HashMap<ServicePortName, Counted>>,
-}
-
-impl Seen {
-    /// What became different: connections that came and went, and how many came to nothing or were too short to be seen.
-    pub fn events(&mut self, now: Snapshot) -> Vec<Value> {
-        let mut events = Vec::new();
-        let describe = |event: &str, live: &Live, service: &Option<String>| {
-            json!({
-                "event": event, "verdict": "translated", "service": service,
-                "protocol": protocol(live.protocol).map(|protocol| protocol.to_string()),
-                "source": live.source.map(|source| source.to_string()),
-                "frontend": live.frontend.to_string(), "backend": live.backend.to_string(),
-            })
-        };
-        events.extend(
-            now.live.iter().filter(|(live, _)| !self.live.contains_key(live)).map(|(live, service)| describe("open", live, service)),
-        );
-        events.extend(
-            self.live.iter().filter(|(live, _)| !now.live.contains_key(live)).map(|(live, service)| describe("close", live, service)),
-        );
-        if let Some(before) = &self.counted {
-            for (name, counts) in &now.counted {
-                let old = before.get(name).copied().unwrap_or_default();
-                for (verdict, count) in [
-                    ("translated", counts.connections.saturating_sub(old.connections)),
-                    ("refused", counts.refused.saturating_sub(old.refused)),
-                ] {
-                    if count > 0 {
-                        events.push(json!({"event": "count", "verdict": verdict, "service": name.to_string(), "connections": count}));
-                    }
-                }
-            }
+/// Something that happened, for people and their programs.
+pub fn event(event: &Event, pods: &Pods) -> Value {
+    let (what, verdict, reason) = match event.what {
+        What::Opened => ("opened", "translated", None),
+        What::Closed => ("closed", "translated", None),
+        What::Refused(reason) if reason.is_silent() => ("dropped", "dropped", Some(reason.name())),
+        What::Refused(reason) => ("refused", "refused", Some(reason.name())),
+    };
+    let mut value = parties(what, verdict, event.service.as_ref(), event.protocol, event.source, event.frontend, event.backend, pods);
+    let (sent, received) = event.bytes.unzip();
+    let seconds = event.took.map(|took| took.as_secs_f64());
+    for (name, extra) in [
+        ("reason", json!(reason)),
+        ("count", json!((event.count != 1).then_some(event.count))),
+        ("sent", json!(sent)),
+        ("received", json!(received)),
+        ("seconds", json!(seconds)),
+    ] {
+        if !extra.is_null() {
+            value[name] = extra;
         }
-        self.live = now.live;
-        self.counted = Some(now.counted);
-        events
     }
+    value
+}
+
+/// This node's pods, `namespace/name` by address.
+pub type Pods = HashMap<IpAddr, String>;
+
+#[expect(clippy::too_many_arguments, reason = "each is a field of the answer")]
+fn parties(
+    what: &str,
+    verdict: &str,
+    service: Option<&ServicePortName>,
+    protocol: u8,
+    source: Option<SocketAddr>,
+    frontend: Option<SocketAddr>,
+    backend: Option<SocketAddr>,
+    pods: &Pods,
+) -> Value {
+    let pod = |address: Option<SocketAddr>| pods.get(&address?.ip());
+    // Of some clients only the address is known.
+    let source_text = source.map(|source| if source.port() == 0 { source.ip().to_string() } else { source.to_string() });
+    json!({
+        "event": what, "verdict": verdict, "service": service.map(ToString::to_string),
+        "protocol": Protocol::of_number(protocol).map(|protocol| protocol.to_string()),
+        "source": source_text, "sourcePod": pod(source),
+        "frontend": frontend.map(|frontend| frontend.to_string()),
+        "backend": backend.map(|backend| backend.to_string()), "backendPod": pod(backend),
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use outrigger_dataplane::sight::Reason;
     use outrigger_desired::ServiceName;
 
     use super::*;
 
-    fn live(port: u16) -> Live {
-        let address = |ip: &str| SocketAddr::new(ip.parse().unwrap(), port);
-        Live { protocol: 6, source: Some(address("10.0.0.1")), frontend: address("10.96.0.1"), backend: address("10.0.0.2") }
-    }
-
     #[test]
-    fn a_watcher_is_told_what_became_different() {
-        let name = ServicePortName { service: ServiceName::new("default", "web"), port: "".into() };
-        let at = |ports: &[u16], connections, refused| Snapshot {
-            live: ports.iter().map(|port| (live(*port), Some("default/web".to_owned()))).collect(),
-            counted: [(name.clone(), Counted { connections, refused })].into(),
+    fn what_happened_is_told_with_what_is_known_of_it() {
+        let service = ServicePortName { service: ServiceName::new("default", "web"), port: "http".into() };
+        let pods = Pods::from([("10.0.0.1".parse().unwrap(), "default/client".to_owned())]);
+        let told = |what, backend: Option<&str>, bytes, took| {
+            let event_of = Event {
+                what,
+                count: 1,
+                service: Some(service.clone()),
+                protocol: 6,
+                source: Some("10.0.0.1:0".parse().unwrap()),
+                frontend: Some("10.96.0.1:80".parse().unwrap()),
+                backend: backend.map(|backend| backend.parse().unwrap()),
+                bytes,
+                took,
+            };
+            event(&event_of, &pods)
         };
-        let mut seen = Seen::default();
-        let words = |events: Vec<Value>| {
-            let mut words: Vec<String> = events
-                .iter()
-                .map(|event| {
-                    format!("{} {} {}", event["event"].as_str().unwrap(), event["frontend"].as_str().unwrap_or("-"), event["connections"])
-                })
-                .collect();
-            words.sort();
-            words
-        };
-        assert_eq!(words(seen.events(at(&[1], 5, 0))), ["open 10.96.0.1:1 null"]);
-        assert_eq!(words(seen.events(at(&[2], 7, 1))), ["close 10.96.0.1:1 null", "count - 1", "count - 2", "open 10.96.0.1:2 null"]);
-        assert!(seen.events(at(&[2], 7, 1)).is_empty());
+        let closed = told(What::Closed, Some("10.0.0.2:8080"), Some((1, 2)), Some(Duration::from_millis(1500)));
+        assert_eq!(
+            closed,
+            json!({
+                "event": "closed", "verdict": "translated", "service": "default/web:http", "protocol": "TCP", "source": "10.0.0.1",
+                "sourcePod": "default/client", "frontend": "10.96.0.1:80", "backend": "10.0.0.2:8080", "backendPod": null,
+                "sent": 1, "received": 2, "seconds": 1.5,
+            })
+        );
+        let refused = told(What::Refused(Reason::NoEndpoint), None, None, None);
+        assert_eq!((&refused["event"], &refused["reason"]), (&json!("refused"), &json!("no_endpoint")));
+        assert_eq!(told(What::Refused(Reason::SourceRange), None, None, None)["verdict"], "dropped");
     }
 }

@@ -9,9 +9,8 @@ use axum::http::{HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
-use outrigger_dataplane::metrics::{Exposition, quoted};
-use outrigger_dataplane::{Counted, ProxyHandle};
-use outrigger_desired::ServicePortName;
+use outrigger_dataplane::ProxyHandle;
+use outrigger_dataplane::metrics::Exposition;
 use tokio::net::TcpListener;
 use tracing::{info, warn};
 
@@ -76,27 +75,15 @@ fn no_sniff() -> (HeaderName, &'static str) {
     (HeaderName::from_static("x-content-type-options"), "nosniff")
 }
 
-/// Only Services that were used, so that ten thousand idle ones cost nothing.
-fn by_service(counted: &[(ServicePortName, Counted)], out: &mut Exposition) {
-    let samples = |part: fn(&Counted) -> u64| {
-        let sample = move |(name, counts): &(ServicePortName, Counted)| {
-            let (namespace, service, port) = (quoted(name.service.namespace()), quoted(name.service.name()), quoted(&name.port));
-            (format!("namespace={namespace},service={service},port={port}"), part(counts))
-        };
-        counted.iter().map(sample)
-    };
-    let help = "Connections that were led to a backend.";
-    out.family("outrigger_service_connections_total", "counter", help, samples(|counts| counts.connections));
-    let help = "Connections that were refused or dropped, because there was no backend.";
-    out.family("outrigger_service_refused_total", "counter", help, samples(|counts| counts.refused));
-}
-
 async fn metrics(State(sources): State<Sources>) -> Response {
     let metrics = sources.proxy.metrics();
     let ask = sources.proxy.ask(move |view| {
         let mut out = Exposition::default();
         metrics.render(view.table, view.backend.mode(), &mut out);
-        by_service(&view.backend.counted().unwrap_or_default(), &mut out);
+        match view.backend.counted(view.table) {
+            Ok(counts) => counts.render(&mut out),
+            Err(error) => warn!(%error, "metrics lack what was counted of the traffic"),
+        }
         out
     });
     match tokio::time::timeout(PATIENCE, ask).await {

@@ -15,6 +15,7 @@ mod life;
 mod outside;
 mod packets;
 mod policy;
+mod sight;
 
 #[derive(Clone, Debug)]
 pub enum Step {
@@ -80,6 +81,18 @@ pub enum Step {
     },
     /// Runs a program on the node.
     Run(String),
+    /// What is counted from here on is compared by `Counted`.
+    Count,
+    /// So many connections to the Service port, over so many backends, and for each reason so many that came to nothing.
+    Counted {
+        port: &'static str,
+        connections: u64,
+        backends: usize,
+        drops: &'static [(&'static str, u64)],
+    },
+    Watch,
+    /// Each of these lines is told within a while.
+    Told(Vec<String>),
     KillAndRestart,
     /// What the objects became while no agent ran.
     KillApplyRestart(String),
@@ -169,6 +182,12 @@ fn counterpart_socket(text: &str) -> String {
     SocketAddr::new(ip, socket.port()).to_string()
 }
 
+/// Lines end with a socket.
+fn told_counterpart(line: &str) -> String {
+    let (rest, socket) = line.rsplit_once(' ').expect("lines end with a socket");
+    format!("{} {}", counterpart(rest), counterpart_socket(socket))
+}
+
 impl Scenario {
     /// The same with IPv6 addresses.
     fn six(mut self) -> Self {
@@ -206,7 +225,14 @@ impl Step {
             }
             Self::Say { expect, .. } => expect.six(),
             Self::Run(command) => *command = counterpart(command).replacen("ip ", "ip -6 ", 1),
-            Self::Same { .. } | Self::KillAndRestart | Self::SwitchTo(_) | Self::Sleep(_) => {}
+            Self::Told(lines) => lines.iter_mut().for_each(|line| *line = told_counterpart(line)),
+            Self::Count
+            | Self::Counted { .. }
+            | Self::Watch
+            | Self::Same { .. }
+            | Self::KillAndRestart
+            | Self::SwitchTo(_)
+            | Self::Sleep(_) => {}
         }
     }
 }
@@ -304,7 +330,9 @@ fn scenario(name: &str, objects: String, steps: Vec<Step>) -> Scenario {
 }
 
 pub fn all() -> Vec<Scenario> {
-    let written = [basic::list(), balancing::list(), policy::list(), outside::list(), packets::list(), life::list()].into_iter().flatten();
+    let written = [basic::list(), balancing::list(), policy::list(), outside::list(), packets::list(), life::list(), sight::list()]
+        .into_iter()
+        .flatten();
     written
         .flat_map(|scenario| {
             let six = (!scenario.once).then(|| scenario.clone().six());

@@ -12,11 +12,14 @@ use crate::talk::{ProxyConfig, ProxyRequest, Reply, Request, Transport};
 use crate::world::{NODE_IP, NODE_IP6, NODE_NAME, Place, World};
 
 /// Enough that three equally likely backends have all answered, but for one run in 10^8.
-const DIALS: usize = 48;
+pub const DIALS: usize = 48;
 /// As many as may be needed until two have answered, but for one run in 10^6.
 const DIALS_APART: usize = 20;
 /// Two attempts of TCP that nobody answered.
 const SILENCE: Duration = Duration::from_secs(2);
+
+/// How long a watcher waits.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 pub struct Player<'a> {
     world: &'a mut World,
@@ -25,11 +28,20 @@ pub struct Player<'a> {
     settings: Settings,
     /// Where each connection is, and who answered on it first.
     open: HashMap<&'static str, (Place, Reply)>,
+    /// What was counted before: the kernel's counters outlive scenarios.
+    counted: Value,
 }
 
 /// Plays the scenario from a fresh proxy; the kernel still has what the last scenario left.
 pub fn play(world: &mut World, mode: Mode, scenario: &Scenario) -> Result<()> {
-    let mut player = Player { world, mode, objects: parse(&scenario.objects)?, settings: scenario.settings.clone(), open: HashMap::new() };
+    let mut player = Player {
+        world,
+        mode,
+        objects: parse(&scenario.objects)?,
+        settings: scenario.settings.clone(),
+        open: HashMap::new(),
+        counted: Value::Null,
+    };
     if player.objects.iter().all(|object| object["kind"] != "Node") {
         player.objects.push(serde_json::json!({"kind": "Node", "metadata": {"name": NODE_NAME}}));
     }
@@ -133,6 +145,13 @@ impl Player<'_> {
                 Ok(())
             }
             Step::Run(command) => self.world.node_namespace.run(command),
+            Step::Count => {
+                self.counted = self.counts()?;
+                Ok(())
+            }
+            Step::Counted { port, connections, backends, drops } => self.counted(port, *connections, *backends, drops),
+            Step::Watch => self.world.proxy(ProxyRequest::Watch),
+            Step::Told(lines) => self.told(lines),
             Step::KillAndRestart => self.restart(),
             Step::KillApplyRestart(yaml) => {
                 self.world.kill_proxy();
@@ -172,6 +191,34 @@ impl Player<'_> {
         let reply = self.world.ask(from, &Request::Open { id: id.into(), transport, target, port })?;
         check(std::slice::from_ref(&reply), Some(target), expect)?;
         self.open.insert(id, (from, reply));
+        Ok(())
+    }
+
+    fn counts(&mut self) -> Result<Value> {
+        Ok(serde_json::from_str(&self.world.proxy_page(ProxyRequest::Counts)?)?)
+    }
+
+    fn counted(&mut self, port: &str, connections: u64, backends: usize, drops: &[(&str, u64)]) -> Result<()> {
+        let (before, now) = (self.counted[port].clone(), self.counts()?[port].clone());
+        let since = |path: &[&str]| {
+            let at = |value: &Value| path.iter().try_fold(value, |value, name| value.get(name)).and_then(Value::as_u64).unwrap_or_default();
+            at(&now).saturating_sub(at(&before))
+        };
+        let used = now["backends"].as_object().into_iter().flatten().filter(|(backend, _)| since(&["backends", backend]) > 0).count();
+        let dropped: Vec<(&str, u64)> = drops.iter().map(|(reason, _)| (*reason, since(&["drops", reason]))).collect();
+        let found = (since(&["connections"]), used, &*dropped);
+        ensure!(found == (connections, backends, drops), "{found:?}: {now}, before {before}");
+        Ok(())
+    }
+
+    fn told(&mut self, lines: &[String]) -> Result<()> {
+        let deadline = std::time::Instant::now() + PATIENCE;
+        let mut all = String::new();
+        while !lines.iter().all(|line| all.lines().any(|told| told == line)) {
+            ensure!(std::time::Instant::now() < deadline, "told only:\n{all}");
+            std::thread::sleep(Duration::from_millis(50));
+            all += &self.world.proxy_page(ProxyRequest::Happened)?;
+        }
         Ok(())
     }
 

@@ -34,10 +34,19 @@ pub enum Request {
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum ProxyRequest {
-    Start { config: ProxyConfig, objects: Vec<serde_json::Value> },
+    Start {
+        config: ProxyConfig,
+        objects: Vec<serde_json::Value>,
+    },
     Apply(serde_json::Value),
     Delete(serde_json::Value),
     SetMode(String),
+    /// What is counted of each Service port, as JSON.
+    Counts,
+    /// Listens to what happens to connections.
+    Watch,
+    /// What has happened since, one line each.
+    Happened,
     Teardown,
 }
 

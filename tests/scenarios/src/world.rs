@@ -151,6 +151,14 @@ impl World {
         }
     }
 
+    /// What the running proxy says of itself.
+    pub fn proxy_page(&mut self, request: crate::talk::ProxyRequest) -> Result<String> {
+        match self.proxy.as_mut().context("no proxy")?.ask(&Request::Proxy(request)).context("at the proxy")? {
+            Reply::Page(page) => Ok(page),
+            other => bail!("the proxy says {other:?}"),
+        }
+    }
+
     /// A command that will run on the node, in its cgroup.
     pub fn node_command(&self, program: impl AsRef<Path>) -> Result<std::process::Command> {
         self.node_namespace.command(program, Some(&self.cgroup))

@@ -13,7 +13,8 @@ use super::sys;
 use crate::backend::{BackendError, Result};
 
 /// The hooks of the cgroup: program, and `enum bpf_attach_type`.
-const HOOKS: [(&str, u32); 9] = [
+const HOOKS: [(&str, u32); 10] = [
+    ("sock_ops", 3),
     // Replies are translated back before requests are led anywhere.
     ("recvmsg4", 19),
     ("recvmsg6", 20),

@@ -29,7 +29,7 @@ impl Sizes {
 /// The maps of maps that hold the table.
 const TABLE_MAPS: [&str; 5] = ["frontends", "cluster_ips", "slots", "counters", "maglev"];
 /// Maps of one size, with how many elements they hold.
-const FIXED_MAPS: [(&str, u32); 10] = [
+const FIXED_MAPS: [(&str, u32); 13] = [
     ("node_addresses", 4096),
     ("source_ranges", 1 << 16),
     ("affinity", 1 << 15),
@@ -43,7 +43,13 @@ const FIXED_MAPS: [(&str, u32); 10] = [
     ("flows", 1 << 16),
     // Datagrams whose parts are on their way.
     ("fragments", 1 << 12),
+    // One for each backend that was used: its memory is taken when it is.
+    ("traffic", 1 << 16),
+    ("drops", 1 << 16),
+    ("watched", 1),
 ];
+/// The ring buffer, with its size in bytes: what happens between two looks of a listener.
+pub const EVENTS: (&str, u32) = ("events", 1 << 19);
 
 /// Where classic tc filters of ours hang.
 const FILTER_HANDLE: u16 = 0x4f52;
@@ -70,7 +76,7 @@ impl Programs {
     pub fn load(folder: &Path, host_namespace: u64) -> Result<Self> {
         let mut loader = EbpfLoader::new();
         TABLE_MAPS.into_iter().for_each(|name| _ = loader.map_pin_path(name, folder.join(name)));
-        for (name, size) in FIXED_MAPS {
+        for (name, size) in FIXED_MAPS.into_iter().chain([EVENTS]) {
             loader.map_pin_path(name, folder.join(name));
             if size != 0 {
                 loader.map_max_entries(name, size);
@@ -90,6 +96,7 @@ impl Programs {
                 aya::programs::Program::CgroupSockAddr(program) => program.load(),
                 aya::programs::Program::CgroupSock(program) => program.load(),
                 aya::programs::Program::SchedClassifier(program) => program.load(),
+                aya::programs::Program::SockOps(program) => program.load(),
                 _ => continue,
             };
             loaded.map_err(|error| failed(format!("load the eBPF program {name}"), &error))?;
@@ -147,6 +154,7 @@ impl Programs {
             aya::programs::Program::CgroupSockAddr(program) => program.fd(),
             aya::programs::Program::CgroupSock(program) => program.fd(),
             aya::programs::Program::SchedClassifier(program) => program.fd(),
+            aya::programs::Program::SockOps(program) => program.fd(),
             _ => return Err(missing()),
         };
         fd.map(|fd| fd.as_fd()).map_err(|error| BackendError::failed(format!("find the eBPF program {name}"), chain(&error)))

@@ -46,8 +46,20 @@ plain!(
     abi::policy::Pod,
     abi::policy::Peer,
     abi::policy::PortKey,
-    abi::policy::Drops
+    abi::policy::Drops,
+    abi::sight::DropKey,
+    abi::sight::TrafficKey,
+    abi::sight::Traffic,
+    abi::sight::Watched,
+    abi::sight::Event
 );
+
+/// A value as the kernel laid it down; `None` when it has another length.
+#[expect(private_bounds, reason = "only the ABI's types are plain")]
+pub fn read<T: Plain>(bytes: &[u8]) -> Option<T> {
+    // SAFETY: as many bytes as the value has are there, and any are a value.
+    (bytes.len() == size_of::<T>()).then(|| unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+}
 
 /// Elements per call of a batched read.
 const BATCH: usize = 4096;
@@ -135,6 +147,11 @@ impl<K: Plain, V: Plain> Map<K, V> {
                 Err(error) => return Err(self.failed("read", error)),
             }
         }
+    }
+
+    /// How many elements there are, about.
+    pub fn count(&self) -> Result<usize> {
+        Ok(self.entries()?.len())
     }
 
     fn failed(&self, verb: &str, error: io::Error) -> BackendError {
@@ -343,6 +360,10 @@ impl<V: Plain> Paged<V> {
         Ok(found.then_some(value))
     }
 
+    pub fn capacity(&self) -> u32 {
+        self.pages.capacity()
+    }
+
     fn put_all(&self, elements: &[(u32, V)]) -> Result<()> {
         let (indices, values): (Vec<u32>, Vec<V>) = elements.iter().copied().unzip();
         self.pages.write(&indices, &values)
@@ -460,6 +481,10 @@ impl CounterMap {
         aya::util::nr_cpus().map_err(|(path, error)| BackendError::kernel(format!("read {path}"), error))
     }
 
+    pub fn capacity(&self) -> u32 {
+        self.pages.capacity()
+    }
+
     /// The sum over the CPUs.
     pub fn get(&self, service: u32) -> Result<abi::Counters> {
         let mut values = vec![abi::Counters::default(); Self::cpus()?];
@@ -491,6 +516,10 @@ pub struct Shared {
     pub uplinks: Map<u32, abi::Uplink>,
     pub flows: Map<abi::Tuple, abi::Flow>,
     pub activity: Activity,
+    pub affinity: Map<abi::AffinityKey, abi::Affinity>,
+    pub traffic: Map<abi::sight::TrafficKey, abi::sight::Traffic>,
+    pub drops: Map<abi::sight::DropKey, u64>,
+    pub watched: Map<u32, abi::sight::Watched>,
     /// Socket storage has a descriptor as its key.
     pub peers: OwnedFd,
 }
@@ -506,6 +535,10 @@ impl Shared {
             uplinks: Map::open(folder, "uplinks")?,
             flows: Map::open(folder, "flows")?,
             activity: Activity::open(folder)?,
+            affinity: Map::open(folder, "affinity")?,
+            traffic: Map::open(folder, "traffic")?,
+            drops: Map::open(folder, "drops")?,
+            watched: Map::open(folder, "watched")?,
             peers,
         })
     }

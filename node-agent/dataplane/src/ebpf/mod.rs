@@ -3,7 +3,8 @@
 //! [`plan`] says what the maps should hold (pure; [`maglev`] makes tables, [`space`] finds room), [`load`] brings maps and programs into
 //! the kernel, [`maps`] reads and writes them, [`attach`] holds the programs in place by pinned links, [`restore`] reads a former agent's
 //! maps back, [`ending`] and [`sockets`] end what still points at a gone backend, [`sweep`] forgets connections that are over,
-//! [`activity`] says whether there are any, [`ports`] keeps the node's own sockets off their ports, [`inspect`] shows what the maps say.
+//! [`activity`] says whether there are any, [`ports`] keeps the node's own sockets off their ports, [`inspect`] shows what the maps say,
+//! [`sight`] what the programs count and tell.
 mod activity;
 pub(crate) mod attach;
 mod ending;
@@ -14,6 +15,7 @@ pub(crate) mod maps;
 mod plan;
 mod ports;
 mod restore;
+mod sight;
 mod sockets;
 mod space;
 mod sweep;
@@ -23,18 +25,19 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use foldhash::{HashMap, HashSet};
 use ipnet::IpNet;
 use outrigger_abi as abi;
-use outrigger_desired::{self as desired, Delta, Entry, Family, Frontend, Protocol, ServicePortName, Table};
+use outrigger_desired::{self as desired, Delta, Entry, Family, Frontend, Protocol, Table};
 use outrigger_logic::{hash, service};
 
-use crate::backend::{Applied, Backend, BackendError, Counted, Live, Parting, Pending, Restored, Result};
+use crate::backend::{Applied, Backend, BackendError, Live, Parting, Pending, Restored, Result};
 use crate::config::{Config, Mode, PodInterfaces};
 use crate::namespace::{self, Address, Changes, Namespace};
+use crate::sight::{Counts, Event};
 use attach::{Interface, Pins};
 use ending::{Ender, Lost, Reach};
 use load::{Programs, Sizes};
@@ -89,6 +92,8 @@ struct Ebpf {
     attached_to: Vec<Interface>,
     changes: Changes,
     sweep: Sweep,
+    upkeep: sight::Upkeep,
+    listener: Mutex<Option<sight::Listener>>,
 }
 
 impl Ebpf {
@@ -126,6 +131,8 @@ impl Ebpf {
             attached_to: Vec::new(),
             changes,
             sweep: Sweep::default(),
+            upkeep: sight::Upkeep::default(),
+            listener: Mutex::default(),
         })
     }
 
@@ -136,6 +143,7 @@ impl Ebpf {
         }
         let batch = self.layout.apply(table, delta, &self.node_ips);
         let (upserted, removed) = (batch.puts.len(), batch.deletes.len());
+        sight::forget(&self.shared, &batch.fresh_services)?;
         self.update_source_ranges(table, delta)?;
         self.ender.spare(|| alive(table, delta));
         let exact = self.tables.write(&batch, &self.layout)?;
@@ -330,7 +338,12 @@ impl Backend for Ebpf {
             {
                 tracing::warn!(%error, "interfaces and addresses that Services are reached by may be out of date");
             }
-            self.sweep.flows(&self.shared);
+            if let Some(seen) = self.sweep.run(&self.shared) {
+                let upkeep = seen.and_then(|seen| self.upkeep.take(seen, &self.layout, &self.tables, &self.shared));
+                if let Err(error) = upkeep {
+                    tracing::warn!(%error, "how full the eBPF maps are is not known");
+                }
+            }
             Some(LOOK_INTERVAL)
         })
     }
@@ -360,15 +373,25 @@ impl Backend for Ebpf {
         Ok(slot.map(|slot| SocketAddr::new(slot.addr.ip(), slot.port.host())))
     }
 
-    fn counted(&self) -> Result<Vec<(ServicePortName, Counted)>> {
-        let mut all = Vec::new();
-        for (name, id) in self.layout.services() {
-            let abi::Counters { connections, refused } = self.tables.counters.get(id)?;
-            if connections + refused > 0 {
-                all.push((name.clone(), Counted { connections, refused }));
-            }
+    fn counted(&self, _: &Table) -> Result<Counts> {
+        sight::counts(&self.layout, &self.tables, &self.shared, &self.upkeep.fills)
+    }
+
+    fn events(&self, _: &Table) -> Result<Vec<Event>> {
+        let mut listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
+        let listener = match &mut *listener {
+            Some(listener) => listener,
+            none => none.insert(sight::Listener::open(&self.pins.maps())?),
+        };
+        listener.events(&self.shared, &self.layout, &self.reach.cgroup_path, &self.reach.node)
+    }
+
+    fn quiet(&self) {
+        *self.listener.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        // Without this they stop by themselves soon.
+        if let Err(error) = sight::quiet(&self.shared) {
+            tracing::debug!(%error, "the programs go on telling for a moment");
         }
-        Ok(all)
     }
 
     fn live(&self, _: &Table) -> Result<Vec<Live>> {

@@ -162,6 +162,20 @@ impl Layout {
         self.by_name.iter().map(|(name, id)| (name, *id))
     }
 
+    /// Those backends that new connections don't get.
+    pub fn without(&self, mut backends: HashSet<abi::sight::TrafficKey>) -> HashSet<abi::sight::TrafficKey> {
+        for set in self.by_set.keys() {
+            if backends.is_empty() {
+                break;
+            }
+            for endpoint in set.endpoints.iter() {
+                let backend = abi::Endpoint::new(endpoint.ip.into(), abi::Port::new(endpoint.port));
+                backends.remove(&abi::sight::TrafficKey { service: set.service, backend });
+            }
+        }
+        backends
+    }
+
     /// What the maps must have room for.
     pub fn needed(&self) -> Sizes {
         Sizes {

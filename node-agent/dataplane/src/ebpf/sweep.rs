@@ -7,11 +7,10 @@ use foldhash::{HashMap, HashSet};
 use outrigger_abi as abi;
 
 use super::maps::Shared;
+use super::sight::Seen;
+use crate::backend::Result;
 
 const INTERVAL: Duration = Duration::from_secs(30);
-/// So full the map is about to forget connections by itself.
-const ALARM: f64 = 0.8;
-
 const SECOND: u64 = 1_000_000_000;
 /// How long a silent flow is kept, as conntrack does: closed ones as long as packets of theirs may still come.
 const CLOSED: u64 = 60 * SECOND;
@@ -21,22 +20,30 @@ const STREAM: u64 = 24 * 3600 * SECOND;
 #[derive(Debug, Default)]
 pub struct Sweep {
     last: Option<Instant>,
-    running: Option<JoinHandle<()>>,
+    running: Option<JoinHandle<Result<Seen>>>,
 }
 
 impl Sweep {
-    /// Does its work when it is time for that, on a thread of its own: a full map takes longer than a change may wait.
-    pub fn flows(&mut self, maps: &Arc<Shared>) {
-        let is_busy = self.running.as_ref().is_some_and(|running| !running.is_finished());
-        if is_busy || self.last.is_some_and(|last| last.elapsed() < INTERVAL) {
-            return;
+    /// Does its work when it is time for that, on a thread of its own: a full map takes longer than a change may wait. Returns what the
+    /// last one saw, once.
+    pub fn run(&mut self, maps: &Arc<Shared>) -> Option<Result<Seen>> {
+        if let Some(done) = self.running.take_if(|running| running.is_finished()) {
+            return Some(done.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        }
+        if self.running.is_some() || self.last.is_some_and(|last| last.elapsed() < INTERVAL) {
+            return None;
         }
         self.last = Some(Instant::now());
         let maps = maps.clone();
-        match std::thread::Builder::new().name("sweep".into()).spawn(move || sweep(&maps)) {
+        let work = move || {
+            sweep(&maps);
+            Seen::now(&maps)
+        };
+        match std::thread::Builder::new().name("sweep".into()).spawn(work) {
             Ok(running) => self.running = Some(running),
             Err(error) => tracing::warn!(%error, "connections that are over stay in the map of flows"),
         }
+        None
     }
 }
 
@@ -49,7 +56,6 @@ fn sweep(maps: &Shared) {
         Err(error) => return tracing::warn!(%error, "connections that are over stay in the map of flows"),
     };
     let over = over(&entries, now());
-    let left = entries.len() - over.len();
     activity.settle(|kind| {
         let origin = if kind == abi::activity::POD { abi::flow_flags::POD } else { 0 };
         entries.iter().any(|(tuple, flow)| flow.flags & abi::flow_flags::POD == origin && !over.contains(tuple))
@@ -58,13 +64,10 @@ fn sweep(maps: &Shared) {
     if let Err(error) = flows.delete_all(&over.into_iter().collect::<Vec<_>>()) {
         tracing::debug!(%error, "flows stay");
     }
-    if left as f64 > ALARM * f64::from(flows.capacity) {
-        tracing::warn!(flows = left, capacity = flows.capacity, "the map of flows is nearly full: the oldest connections will be cut");
-    }
 }
 
 /// The clock that the programs use.
-fn now() -> u64 {
+pub fn now() -> u64 {
     let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC_COARSE);
     time.map_or(0, |time| time.tv_sec() as u64 * SECOND + time.tv_nsec() as u64)
 }

@@ -77,6 +77,14 @@ impl Kernel {
         inspect::lookup(&self.table, self.model.rules(), frontend, outside)
     }
 
+    /// Lets `read` ask about the table in use.
+    pub fn count<T: Default>(&self, read: impl FnOnce(&Connection, &str) -> std::io::Result<T>) -> Result<T> {
+        if self.table.is_empty() {
+            return Ok(T::default());
+        }
+        read(&self.connection, &self.table).map_err(|error| BackendError::kernel("read the nftables counters", error))
+    }
+
     fn transact(&self, table: &str, ops: &[Op]) -> Result<()> {
         if ops.is_empty() {
             return Ok(());

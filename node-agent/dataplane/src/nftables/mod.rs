@@ -2,8 +2,10 @@
 //!
 //! What belongs to a Service is elements of maps, never a chain, a set or a rule of its own: the kernel goes through all of those at
 //! each transaction. [`render`] is what doesn't depend on Services, [`plan`] says which elements they are (pure), [`rules`] and
-//! [`wire`] put them in the kernel's words, [`apply`] carries them over, [`inspect`] reads single ones back.
+//! [`wire`] put them in the kernel's words, [`apply`] carries them over, [`inspect`] reads single ones back, [`count`] what the kernel
+//! has counted.
 pub(crate) mod apply;
+mod count;
 mod inspect;
 mod ops;
 mod plan;
@@ -12,6 +14,7 @@ mod rules;
 mod wire;
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::{Mutex, PoisonError};
 
 use ipnet::IpNet;
 use outrigger_desired::{Delta, Frontend, Table};
@@ -19,6 +22,7 @@ use outrigger_desired::{Delta, Frontend, Table};
 use crate::backend::{Applied, Backend, BackendError, Live, Parting, Pending, Restored, Result};
 use crate::config::{Config, Mode, PodInterfaces};
 use crate::conntrack;
+use crate::sight::{Counts, Event};
 use apply::Kernel;
 
 /// Linux before 5.13 lacks what the table is made of (and its nft may choke on it).
@@ -65,11 +69,19 @@ pub fn open(config: &Config) -> Result<Box<dyn Backend>> {
         pod_interfaces: config.pod_interfaces.clone(),
         masquerade_all: config.masquerade_all,
     };
-    Ok(Box::new(Nftables { kernel: Kernel::open(around)? }))
+    Ok(Box::new(Nftables { kernel: Kernel::open(around)?, watch: Mutex::default() }))
 }
 
 struct Nftables {
     kernel: Kernel,
+    watch: Mutex<Option<Watch>>,
+}
+
+/// What a watcher is told from.
+struct Watch {
+    tracked: conntrack::Listener,
+    /// What had come to nothing when it was looked last.
+    refused: count::Refused,
 }
 
 impl Backend for Nftables {
@@ -88,6 +100,33 @@ impl Backend for Nftables {
 
     fn lookup(&self, frontend: &Frontend, outside: bool) -> Result<Option<Vec<SocketAddr>>> {
         self.kernel.lookup(*frontend, outside)
+    }
+
+    fn counted(&self, table: &Table) -> Result<Counts> {
+        self.kernel.count(|connection, name| count::counts(connection, name, table))
+    }
+
+    /// Connections as conntrack tells of them; of what came to nothing only how often it did, from the counters.
+    fn events(&self, table: &Table) -> Result<Vec<Event>> {
+        let failed = |error| BackendError::kernel("listen to connection tracking", error);
+        let refused = self.kernel.count(count::refused)?;
+        let mut watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *watch {
+            None => {
+                *watch = Some(Watch { tracked: conntrack::Listener::open().map_err(failed)?, refused });
+                Ok(Vec::new())
+            }
+            Some(watch) => {
+                let mut events = watch.tracked.events(table).map_err(failed)?;
+                events.extend(count::more(&watch.refused, &refused, table));
+                watch.refused = refused;
+                Ok(events)
+            }
+        }
+    }
+
+    fn quiet(&self) {
+        *self.watch.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     fn live(&self, table: &Table) -> Result<Vec<Live>> {

@@ -168,7 +168,6 @@ pub(super) enum Key {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Value {
     Goto(&'static str),
-    Drop,
     Endpoint(IpAddr, u16),
     Number(u32),
 }
@@ -285,7 +284,6 @@ impl fmt::Display for Element {
         match self.value {
             None => {}
             Some(Value::Goto(chain)) => write!(f, " : goto {chain}")?,
-            Some(Value::Drop) => f.write_str(" : drop")?,
             Some(Value::Endpoint(ip, port)) => write!(f, " : {ip} . {port}")?,
             Some(Value::Number(number)) => write!(f, " : {number:#x}")?,
         }

@@ -189,8 +189,8 @@ impl Model {
         if entry.backends.is_empty() {
             let verdict = match (entry.no_endpoints, &entry.short_circuit) {
                 (_, Some(_)) => Value::Goto("drop-outside"),
-                (NoEndpoints::Reject, None) => Value::Goto("refuse"),
-                (NoEndpoints::Drop, None) => Value::Drop,
+                (NoEndpoints::Reject, None) => Value::Goto("no-endpoint"),
+                (NoEndpoints::Drop, None) => Value::Goto("not-local"),
             };
             add(Set::Of(Fact::NoEndpoints, by, Whom::All), Key::Frontend(dial), Some(verdict));
         }

@@ -81,8 +81,8 @@ fn one_services_life() {
         gone("web"),
     ];
     let expected = [
-        "add element cluster-ips4 { 10.96.0.1 }\nadd element no-endpoints4 { 10.96.0.1 . tcp . 80 : goto refuse }\n",
-        "delete element no-endpoints4 { 10.96.0.1 . tcp . 80 : goto refuse }
+        "add element cluster-ips4 { 10.96.0.1 }\nadd element no-endpoints4 { 10.96.0.1 . tcp . 80 : goto no-endpoint }\n",
+        "delete element no-endpoints4 { 10.96.0.1 . tcp . 80 : goto no-endpoint }
 spread4 over 2
 add element hairpin4 { 10.0.0.2 . 10.0.0.2 }
 add element frontends4 { 10.96.0.1 . tcp . 80 }

@@ -7,6 +7,7 @@ use ipnet::IpNet;
 use outrigger_desired::Family;
 
 use super::Surroundings;
+use super::count::Tally;
 use super::ops::{By, Chain, MASQUERADE_MARK, Set, Whom, digit, ip_word};
 use crate::config::PodInterfaces;
 
@@ -19,6 +20,7 @@ pub(super) fn skeleton(table: &str, around: &Surroundings) -> String {
         }
         text.push_str(&interval_set("cluster-cidrs", family, &around.cluster_cidrs));
         text.push_str(&interval_set("nodeport-cidrs", family, &around.nodeport_addresses));
+        Tally::ALL.into_iter().for_each(|tally| _ = writeln!(text, "\t{}", tally.declaration(family)));
     }
     // Rejecting in prerouting (Linux 5.9) needs no route to the Service's address.
     text.push_str(
@@ -28,6 +30,7 @@ pub(super) fn skeleton(table: &str, around: &Surroundings) -> String {
 	}
 ",
     );
+    counting(&mut text);
     drop_outside(&mut text, around);
     filter(&mut text, around);
     for family in Family::ALL {
@@ -44,6 +47,36 @@ pub(super) fn skeleton(table: &str, around: &Surroundings) -> String {
     text
 }
 
+/// Each chain counts, and some have the last word. The kernel adds what it meets to the sets; once per connection, never per packet.
+fn counting(text: &mut String) {
+    let tally = |text: &mut String, tally: Tally| {
+        for family in Family::ALL {
+            let _ = writeln!(text, "\t\t{}", tally.rule(family));
+        }
+    };
+    text.push_str("\tchain led {\n");
+    for family in Family::ALL {
+        for protocol in ["tcp", "udp", "sctp"] {
+            let (ip, digit) = (ip_word(family), digit(family));
+            // For a tuple's port nft has to know the protocol.
+            let _ = writeln!(
+                text,
+                "\t\tmeta nfproto ipv{digit} meta l4proto {protocol} update @{} {{ ct original {ip} daddr . meta l4proto . ct original proto-dst . {ip} daddr . th dport counter }}",
+                Tally::Led.name(family)
+            );
+        }
+    }
+    text.push_str("\t}\n\tchain no-endpoint {\n");
+    tally(text, Tally::NoEndpoint);
+    text.push_str("\t\tgoto refuse\n\t}\n\tchain no-port {\n");
+    tally(text, Tally::NoPort);
+    text.push_str("\t\tgoto refuse\n\t}\n\tchain not-local {\n");
+    tally(text, Tally::LocalPolicy);
+    text.push_str("\t\tdrop\n\t}\n\tchain not-allowed {\n");
+    tally(text, Tally::SourceRange);
+    text.push_str("\t\tdrop\n\t}\n");
+}
+
 /// With policy Local and no endpoint here, only clients inside are served.
 fn drop_outside(text: &mut String, around: &Surroundings) {
     text.push_str("\tchain drop-outside {\n\t\tfib saddr type local return\n");
@@ -52,7 +85,7 @@ fn drop_outside(text: &mut String, around: &Surroundings) {
             let _ = writeln!(text, "\t\t{pods}return");
         }
     }
-    text.push_str("\t\tdrop\n\t}\n");
+    text.push_str("\t\tgoto not-local\n\t}\n");
 }
 
 /// Where a node port may be reached.
@@ -70,7 +103,7 @@ fn filter(text: &mut String, around: &Surroundings) {
         let (ip, digit, nodeport) = (ip_word(family), digit(family), nodeport(around, family));
         let _ = writeln!(
             text,
-            "		{ip} daddr . meta l4proto . th dport @firewall{digit} {ip} daddr . meta l4proto . th dport . {ip} saddr != @allowed{digit} drop
+            "		{ip} daddr . meta l4proto . th dport @firewall{digit} {ip} daddr . meta l4proto . th dport . {ip} saddr != @allowed{digit} goto not-allowed
 		{ip} daddr . meta l4proto . th dport vmap @no-endpoints{digit}
 		meta nfproto ipv{digit} {nodeport}fib daddr type local meta l4proto . th dport vmap @port-no-endpoints{digit}"
         );
@@ -78,7 +111,7 @@ fn filter(text: &mut String, around: &Surroundings) {
     text.push_str("\t}\n\tchain unknown-port {\n");
     for family in Family::ALL {
         let (ip, digit) = (ip_word(family), digit(family));
-        let _ = writeln!(text, "\t\t{ip} daddr @cluster-ips{digit} fib daddr type != local goto refuse");
+        let _ = writeln!(text, "\t\t{ip} daddr @cluster-ips{digit} fib daddr type != local goto no-port");
     }
     text.push_str("\t}\n");
 }
@@ -177,9 +210,14 @@ const BASE: &str = "	chain filter-prerouting {
 	}
 	chain nat-postrouting {
 		type nat hook postrouting priority srcnat; policy accept;
+		ct status dnat jump led
 		meta mark & 0x4000 == 0x4000 meta mark set meta mark ^ 0x4000 masquerade fully-random
 		ct status dnat ip saddr . ip daddr @hairpin4 masquerade fully-random
 		ct status dnat ip6 saddr . ip6 daddr @hairpin6 masquerade fully-random
+	}
+	chain nat-input {
+		type nat hook input priority 100; policy accept;
+		ct status dnat jump led
 	}
 ";
 

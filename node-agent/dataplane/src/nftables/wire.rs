@@ -37,7 +37,6 @@ const DATA_VERDICT: u16 = 2;
 const VERDICT_CODE: u16 = 1;
 const VERDICT_CHAIN: u16 = 2;
 const GOTO: i32 = -4;
-const DROP: i32 = 0;
 /// A list of elements is one attribute, whose length has 16 bits.
 const LIST_LIMIT: usize = 60_000;
 
@@ -144,8 +143,7 @@ fn write_element(body: &mut Builder, element: &Element, add: bool) {
     }
     let Some(value) = element.value.filter(|_| add) else { return };
     body.nest(ELEMENT_DATA, |data| match value {
-        Value::Goto(chain) => verdict(data, GOTO, Some(chain)),
-        Value::Drop => verdict(data, DROP, None),
+        Value::Goto(chain) => goto(data, chain),
         Value::Endpoint(address, port_number) => {
             let mut bytes = ip(address);
             bytes.extend(port(port_number));
@@ -155,12 +153,10 @@ fn write_element(body: &mut Builder, element: &Element, add: bool) {
     });
 }
 
-fn verdict(data: &mut Builder, code: i32, chain: Option<&str>) {
+fn goto(data: &mut Builder, chain: &str) {
     data.nest(DATA_VERDICT, |verdict| {
-        verdict.attribute(VERDICT_CODE, &code.to_be_bytes());
-        if let Some(chain) = chain {
-            verdict.text(VERDICT_CHAIN, chain);
-        }
+        verdict.attribute(VERDICT_CODE, &GOTO.to_be_bytes());
+        verdict.text(VERDICT_CHAIN, chain);
     });
 }
 

@@ -5,7 +5,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use outrigger_desired::{Entry, Protocol, ServicePortName};
 use tokio::net::UdpSocket;
@@ -13,8 +13,11 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use super::routes::{Lease, Routes};
+use super::sight::{Moved, Parties, Sight};
 use super::table::{self, Inside};
 use super::transparent;
+use crate::backend::Live;
+use crate::sight::Reason;
 
 /// Which endpoint each client had last, by Service port.
 #[derive(Default)]
@@ -51,10 +54,18 @@ impl Listener {
     }
 }
 
+/// What all Services have in common.
+#[derive(Default)]
+pub(super) struct Shared {
+    pub affinities: Affinities,
+    pub sight: Sight,
+    /// Endpoints see their clients' addresses.
+    pub transparent: bool,
+}
+
 pub(super) struct Service {
     protocol: Protocol,
-    affinities: Arc<Affinities>,
-    transparent: bool,
+    shared: Arc<Shared>,
     aim: Mutex<Aim>,
     listeners: Mutex<HashMap<SocketAddr, Listener>>,
     /// Fronts of listeners that closed, while their flows still have answers to pass on.
@@ -73,7 +84,7 @@ struct Aim {
 #[derive(Default)]
 struct Flows {
     next: u64,
-    live: HashMap<u64, (SocketAddr, Arc<End>)>,
+    live: HashMap<u64, (Parties, SocketAddr, Arc<End>)>,
     /// How many of them each endpoint has.
     open: HashMap<SocketAddr, usize>,
 }
@@ -105,31 +116,29 @@ impl End {
 pub(super) struct Flow {
     service: Arc<Service>,
     id: u64,
+    name: ServicePortName,
+    parties: Parties,
+    endpoint: SocketAddr,
+    since: Instant,
+    pub moved: Arc<Moved>,
     pub end: Arc<End>,
     _route: Option<Arc<Lease>>,
 }
 
 impl Drop for Flow {
     fn drop(&mut self) {
-        let mut flows = lock(&self.service.flows);
-        if let Some((endpoint, _)) = flows.live.remove(&self.id)
-            && let MapEntry::Occupied(mut open) = flows.open.entry(endpoint)
-        {
-            *open.get_mut() -= 1;
-            if *open.get() == 0 {
-                open.remove();
-            }
-        }
+        let Self { service, id, name, parties, endpoint, since, moved, .. } = self;
+        service.forget(*id, *endpoint);
+        service.shared.sight.closed(name, *parties, *endpoint, moved, since.elapsed());
     }
 }
 
 impl Service {
-    pub fn new(entry: Entry, protocol: Protocol, affinities: Arc<Affinities>, transparent: bool) -> Self {
+    pub fn new(entry: Entry, protocol: Protocol, shared: Arc<Shared>) -> Self {
         let aim = Mutex::new(Aim { entry: Arc::new(entry), inside: Arc::default() });
         Self {
             protocol,
-            affinities,
-            transparent,
+            shared,
             aim,
             listeners: Mutex::default(),
             kept: Mutex::default(),
@@ -138,9 +147,25 @@ impl Service {
         }
     }
 
-    /// Of every live flow.
-    pub fn backends_in_use(&self) -> Vec<SocketAddr> {
-        lock(&self.flows).live.values().map(|(backend, _)| *backend).collect()
+    pub fn live(&self) -> Vec<Live> {
+        let live = |(parties, backend, _): &(Parties, SocketAddr, Arc<End>)| {
+            let Parties { protocol, client, frontend } = *parties;
+            Live { protocol, source: Some(client), frontend, backend: *backend }
+        };
+        lock(&self.flows).live.values().map(live).collect()
+    }
+
+    pub fn parties(&self, client: SocketAddr, frontend: SocketAddr) -> Parties {
+        Parties { protocol: self.protocol.number(), client, frontend }
+    }
+
+    /// A client that gets no endpoint.
+    pub fn refused(&self, parties: Parties, reason: Reason) {
+        self.shared.sight.refused(&self.entry().service, parties, reason);
+    }
+
+    pub fn failed(&self, endpoint: SocketAddr) {
+        self.shared.sight.failed(&self.entry().service, endpoint);
     }
 
     pub fn protocol(&self) -> Protocol {
@@ -192,45 +217,58 @@ impl Service {
     /// Whose name to connect to an endpoint in, when not the node's.
     pub fn source(&self, client: IpAddr, endpoint: SocketAddr) -> Option<IpAddr> {
         let Aim { entry, inside } = lock(&self.aim).clone();
-        if self.transparent { transparent::source(&entry, &inside, client, endpoint.ip()) } else { None }
+        if self.shared.transparent { transparent::source(&entry, &inside, client, endpoint.ip()) } else { None }
     }
 
     /// The endpoints to try for a new flow, best first.
     pub fn order(&self, client: IpAddr) -> Vec<SocketAddr> {
         let Aim { entry, inside } = lock(&self.aim).clone();
         let sticky = entry.affinity.and_then(|_| {
-            let known = lock(&self.affinities.0).get(&(entry.service.clone(), self.protocol, client)).copied();
+            let known = lock(&self.shared.affinities.0).get(&(entry.service.clone(), self.protocol, client)).copied();
             known.filter(|sticky| sticky.until > Instant::now()).map(|sticky| sticky.endpoint)
         });
         let flows = lock(&self.flows);
         table::order(&entry, &inside, client, sticky, random(), |endpoint| flows.open.get(endpoint).copied().unwrap_or(0))
     }
 
-    /// A flow has got through to an endpoint.
-    pub fn begin(self: &Arc<Self>, client: IpAddr, endpoint: SocketAddr) -> Flow {
+    /// A flow has got through to an endpoint, over TCP by a connect that took so long.
+    pub fn begin(self: &Arc<Self>, ip: IpAddr, parties: Parties, endpoint: SocketAddr, took: Option<Duration>) -> Flow {
         let entry = self.entry();
         if let Some(timeout) = entry.affinity {
             let sticky = Sticky { endpoint, until: Instant::now() + timeout };
-            lock(&self.affinities.0).insert((entry.service.clone(), self.protocol, client), sticky);
+            lock(&self.shared.affinities.0).insert((entry.service.clone(), self.protocol, ip), sticky);
         }
+        self.shared.sight.opened(&entry.service, parties, endpoint, took);
         let end = Arc::new(End::default());
         let mut flows = lock(&self.flows);
         let id = flows.next;
         flows.next += 1;
-        flows.live.insert(id, (endpoint, end.clone()));
+        flows.live.insert(id, (parties, endpoint, end.clone()));
         *flows.open.entry(endpoint).or_default() += 1;
-        Flow { service: self.clone(), id, end, _route: lock(&self.route).clone() }
+        let (name, since, route) = (entry.service.clone(), Instant::now(), lock(&self.route).clone());
+        Flow { service: self.clone(), id, name, parties, endpoint, since, moved: Arc::default(), end, _route: route }
+    }
+
+    fn forget(&self, flow: u64, endpoint: SocketAddr) {
+        let mut flows = lock(&self.flows);
+        flows.live.remove(&flow);
+        if let MapEntry::Occupied(mut open) = flows.open.entry(endpoint) {
+            *open.get_mut() -= 1;
+            if *open.get() == 0 {
+                open.remove();
+            }
+        }
     }
 
     /// Ends the flows to an endpoint that is gone; returns how many.
     pub fn end(&self, endpoint: SocketAddr) -> usize {
         let flows = lock(&self.flows);
-        let dead = flows.live.values().filter(|(other, _)| *other == endpoint);
-        dead.map(|(_, end)| end.come()).count()
+        let dead = flows.live.values().filter(|(_, other, _)| *other == endpoint);
+        dead.map(|(_, _, end)| end.come()).count()
     }
 
     pub fn end_all(&self) {
-        lock(&self.flows).live.values().for_each(|(_, end)| end.come());
+        lock(&self.flows).live.values().for_each(|(_, _, end)| end.come());
     }
 }
 

@@ -4,6 +4,7 @@
 //! for the node alike. Backends see the node's address as the client: keeping the client's own needs TPROXY.
 mod forward;
 mod routes;
+mod sight;
 mod socket;
 mod splice;
 mod table;
@@ -12,15 +13,16 @@ mod transparent;
 mod udp;
 
 use std::collections::HashMap;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use outrigger_desired::{Address, Delta, Entry, Family, Frontend, Protocol, Table};
+use outrigger_desired::{Address, Delta, Entry, Frontend, Protocol, Table};
 
 use crate::backend::{Applied, Backend, BackendError, Live, Parting, Pending, Restored, Result};
 use crate::config::{Config, Mode};
-use forward::{Affinities, Listener, Service};
+use crate::sight::{Counts, Event};
+use forward::{Listener, Service, Shared};
 use routes::Routes;
 use table::NodeAddresses;
 
@@ -49,8 +51,7 @@ pub fn open(config: &Config) -> Result<Box<dyn Backend>> {
     Ok(Box::new(Userspace {
         config: config.clone(),
         routes: Arc::new(routes),
-        affinities: Arc::default(),
-        transparent,
+        shared: Arc::new(Shared { transparent, ..Shared::default() }),
         open: HashMap::new(),
         closed: Vec::new(),
         closing: Vec::new(),
@@ -71,9 +72,7 @@ fn raise_file_limit() {
 struct Userspace {
     config: Config,
     routes: Arc<Routes>,
-    affinities: Arc<Affinities>,
-    /// Endpoints see their clients' addresses.
-    transparent: bool,
+    shared: Arc<Shared>,
     open: HashMap<Frontend, Arc<Service>>,
     /// Frontends whose address couldn't be listened on.
     closed: Vec<Frontend>,
@@ -102,10 +101,8 @@ impl Userspace {
             tracing::warn!(%frontend, service = %entry.service, "SCTP isn't forwarded in userspace mode");
             return;
         }
-        let service = self
-            .open
-            .entry(frontend)
-            .or_insert_with(|| Arc::new(Service::new(entry.clone(), frontend.protocol, self.affinities.clone(), self.transparent)));
+        let service =
+            self.open.entry(frontend).or_insert_with(|| Arc::new(Service::new(entry.clone(), frontend.protocol, self.shared.clone())));
         service.update(entry.clone(), node.inside());
         if let Address::Ip(ip) = frontend.address
             && !node.has(ip)
@@ -182,8 +179,8 @@ impl Backend for Userspace {
                     self.closed.push(frontend);
                 }
             }
-            self.affinities.sweep(std::time::Instant::now());
-            if !self.closed.is_empty() { Some(REOPEN) } else { (!self.affinities.is_empty()).then_some(AFFINITY_SWEEP) }
+            self.shared.affinities.sweep(std::time::Instant::now());
+            if !self.closed.is_empty() { Some(REOPEN) } else { (!self.shared.affinities.is_empty()).then_some(AFFINITY_SWEEP) }
         })
     }
 
@@ -194,17 +191,20 @@ impl Backend for Userspace {
         Ok(Some(endpoints.iter().map(|endpoint| endpoint.socket()).collect()))
     }
 
+    fn counted(&self, table: &Table) -> Result<Counts> {
+        Ok(self.shared.sight.counts(table))
+    }
+
+    fn events(&self, _: &Table) -> Result<Vec<Event>> {
+        Ok(self.shared.sight.events())
+    }
+
+    fn quiet(&self) {
+        self.shared.sight.quiet();
+    }
+
     fn live(&self, _: &Table) -> Result<Vec<Live>> {
-        let flows = |(frontend, service): (&Frontend, &Arc<Service>)| {
-            let ip = match frontend.address {
-                Address::Ip(ip) => ip,
-                Address::Node(Family::V4) => Ipv4Addr::UNSPECIFIED.into(),
-                Address::Node(Family::V6) => Ipv6Addr::UNSPECIFIED.into(),
-            };
-            let (protocol, frontend) = (frontend.protocol.number(), SocketAddr::new(ip, frontend.port));
-            service.backends_in_use().into_iter().map(move |backend| Live { protocol, source: None, frontend, backend })
-        };
-        Ok(self.open.iter().flat_map(flows).collect())
+        Ok(self.open.values().flat_map(|service| service.live()).collect())
     }
 
     /// Listeners close; connections go on, and each keeps its Service's address local for as long as it lives.
@@ -217,7 +217,7 @@ impl Backend for Userspace {
             self.closed.clear();
             self.close().await;
             self.routes.prune().map_err(|error| BackendError::kernel("delete stale Service routes", error))?;
-            if parting == Parting::Final && self.transparent {
+            if parting == Parting::Final && self.shared.transparent {
                 transparent::disable().map_err(|error| BackendError::kernel("take down what transparent sockets needed", error))?;
             }
             Ok(())

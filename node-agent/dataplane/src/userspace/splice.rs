@@ -1,11 +1,14 @@
 //! Bytes from socket to socket: copied while there are few, spliced through a pipe, without coming up to this process, when there are many.
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::OFlag;
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
+
+use super::sight::Moved;
 
 /// Below this a direction is copied: short exchanges are quicker without the two descriptors of a pipe.
 const COPY: usize = 4096;
@@ -13,8 +16,8 @@ const COPY: usize = 4096;
 const PIPE: usize = 1 << 18;
 
 /// Until both directions have ended, each by its own end of stream. An error on either side breaks both.
-pub(super) async fn both_ways(a: &TcpStream, b: &TcpStream) -> io::Result<()> {
-    tokio::try_join!(one_way(a, b), one_way(b, a)).map(|_| ())
+pub(super) async fn both_ways(client: &TcpStream, backend: &TcpStream, moved: &Moved) -> io::Result<()> {
+    tokio::try_join!(one_way(client, backend, &moved.sent), one_way(backend, client, &moved.received)).map(|_| ())
 }
 
 /// Closes with a reset instead of an orderly end, so that the peer knows that something was lost.
@@ -25,9 +28,9 @@ pub(super) fn reset(stream: TcpStream) {
     }
 }
 
-async fn one_way(from: &TcpStream, to: &TcpStream) -> io::Result<()> {
-    if copy_while_small(from, to).await? {
-        splice_all(from, to).await?;
+async fn one_way(from: &TcpStream, to: &TcpStream, moved: &AtomicU64) -> io::Result<()> {
+    if copy_while_small(from, to, moved).await? {
+        splice_all(from, to, moved).await?;
     }
     nix::sys::socket::shutdown(to.as_raw_fd(), nix::sys::socket::Shutdown::Write).or_else(|error| match error {
         // The other side is gone already; its own direction says how.
@@ -37,7 +40,7 @@ async fn one_way(from: &TcpStream, to: &TcpStream) -> io::Result<()> {
 }
 
 /// False at the end of the stream; true when a whole buffer was filled at once, so that there is likely more.
-async fn copy_while_small(from: &TcpStream, to: &TcpStream) -> io::Result<bool> {
+async fn copy_while_small(from: &TcpStream, to: &TcpStream, moved: &AtomicU64) -> io::Result<bool> {
     let mut buffer = vec![0; COPY].into_boxed_slice();
     loop {
         from.readable().await?;
@@ -55,13 +58,14 @@ async fn copy_while_small(from: &TcpStream, to: &TcpStream) -> io::Result<bool> 
                 Err(error) => return Err(error),
             }
         }
+        moved.fetch_add(length as u64, Ordering::Relaxed);
         if length == COPY {
             return Ok(true);
         }
     }
 }
 
-async fn splice_all(from: &TcpStream, to: &TcpStream) -> io::Result<()> {
+async fn splice_all(from: &TcpStream, to: &TcpStream, moved: &AtomicU64) -> io::Result<()> {
     let (output, input) = nix::unistd::pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)?;
     // Unprivileged processes are limited in total; the default size works too.
     let _ = nix::fcntl::fcntl(&input, nix::fcntl::FcntlArg::F_SETPIPE_SZ(PIPE as libc::c_int));
@@ -70,6 +74,7 @@ async fn splice_all(from: &TcpStream, to: &TcpStream) -> io::Result<()> {
         if held == 0 {
             return Ok(());
         }
+        moved.fetch_add(held as u64, Ordering::Relaxed);
         while held > 0 {
             held -= push(&output, to, held).await?;
         }

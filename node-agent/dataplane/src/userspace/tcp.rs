@@ -2,13 +2,14 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::SockType;
 use tokio::net::{TcpSocket, TcpStream};
 
 use super::forward::{Listener, Service};
 use super::{socket, splice, table};
+use crate::sight::Reason;
 
 const BACKLOG: u32 = 4096;
 /// How long each attempt to reach an endpoint may take; the last one repeats.
@@ -42,13 +43,19 @@ async fn serve(service: Arc<Service>, client: TcpStream, peer: SocketAddr) {
     // A connection without addresses is over already.
     let Ok(dialled) = client.local_addr() else { return };
     let ip = table::client(peer.ip(), dialled.ip());
+    let parties = service.parties(peer, dialled);
     if !service.admits(ip) {
+        service.refused(parties, Reason::SourceRange);
         return splice::reset(client);
     }
-    let Some((backend, endpoint)) = connect(&service, ip).await else {
-        return splice::reset(client);
+    let (backend, endpoint, took) = match connect(&service, ip).await {
+        Ok(connected) => connected,
+        Err(reason) => {
+            service.refused(parties, reason);
+            return splice::reset(client);
+        }
     };
-    let flow = service.begin(ip, endpoint);
+    let flow = service.begin(ip, parties, endpoint, Some(took));
     drop(service);
     // Small messages shouldn't wait for each other; the ends have decided on that themselves.
     for stream in [&client, &backend] {
@@ -57,7 +64,7 @@ async fn serve(service: Arc<Service>, client: TcpStream, peer: SocketAddr) {
         }
     }
     let broken = tokio::select! {
-        moved = splice::both_ways(&client, &backend) => moved.is_err(),
+        moved = splice::both_ways(&client, &backend, &flow.moved) => moved.is_err(),
         () = flow.end.comes() => true,
     };
     if broken {
@@ -66,17 +73,20 @@ async fn serve(service: Arc<Service>, client: TcpStream, peer: SocketAddr) {
     }
 }
 
-/// The first endpoint that answers. A client isn't told of those that don't.
-async fn connect(service: &Service, client: IpAddr) -> Option<(TcpStream, SocketAddr)> {
+/// The first endpoint that answers, and how long that one took to. A client isn't told of those that don't.
+async fn connect(service: &Service, client: IpAddr) -> Result<(TcpStream, SocketAddr, Duration), Reason> {
+    let mut outcome = Reason::LocalPolicy;
     for (attempt, endpoint) in service.order(client).into_iter().enumerate() {
-        let patience = ATTEMPTS[attempt.min(ATTEMPTS.len() - 1)];
+        outcome = Reason::ConnectFailed;
+        let (patience, since) = (ATTEMPTS[attempt.min(ATTEMPTS.len() - 1)], Instant::now());
         match tokio::time::timeout(patience, connect_to(endpoint, service.source(client, endpoint))).await {
-            Ok(Ok(stream)) => return Some((stream, endpoint)),
+            Ok(Ok(stream)) => return Ok((stream, endpoint, since.elapsed())),
             Ok(Err(error)) => tracing::debug!(%endpoint, %error, "endpoint not reached; trying the next"),
             Err(_) => tracing::debug!(%endpoint, ?patience, "endpoint doesn't answer; trying the next"),
         }
+        service.failed(endpoint);
     }
-    None
+    Err(outcome)
 }
 
 async fn connect_to(endpoint: SocketAddr, source: Option<IpAddr>) -> io::Result<TcpStream> {

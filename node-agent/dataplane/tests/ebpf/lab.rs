@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 
 use nix::sched::{CloneFlags, unshare};
-use outrigger_dataplane::{Applied, Backend, Config, Mode, ModeChoice, Parting};
+use outrigger_dataplane::sight::Event;
+use outrigger_dataplane::{Applied, Backend, Config, Counted, Counts, Mode, ModeChoice, Parting};
 use outrigger_desired::{Change, Delta, State, Table, Touched, Watched};
 use serde_json::{Value, json};
 
@@ -133,6 +134,12 @@ impl Agent {
         })
     }
 
+    /// The Service goes.
+    pub fn forget(&mut self, object: &Value) {
+        let service = Change::Service(Watched::Deleted(std::sync::Arc::new(serde_json::from_value(object.clone()).unwrap())));
+        self.touched.merge(self.state.apply(&service));
+    }
+
     /// Without doing anything yet.
     pub fn learn(&mut self, objects: &[Value]) {
         for object in objects {
@@ -143,6 +150,20 @@ impl Agent {
             };
             self.touched.merge(self.state.apply(&change));
         }
+    }
+
+    pub fn counts(&self) -> Counts {
+        self.backend.counted(&self.table).unwrap()
+    }
+
+    /// What was counted of this Service's only port.
+    pub fn counted(&self, name: &str) -> Counted {
+        let all = self.counts().services;
+        all.into_iter().find(|(port, _)| port.service.name() == name).map(|(_, counted)| counted).unwrap_or_default()
+    }
+
+    pub fn events(&self) -> Vec<Event> {
+        self.backend.events(&self.table).unwrap()
     }
 
     pub fn part(&mut self, parting: Parting) {

@@ -4,6 +4,7 @@ mod balancing;
 mod lab;
 mod outside;
 mod scale;
+mod sight;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};

@@ -5,24 +5,26 @@ use anyhow::{Context, Result, bail, ensure};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use outrigger_dataplane::{Config, PodInterfaces, Proxy, ProxyHandle};
-use outrigger_desired::{Change, Watched};
+use outrigger_dataplane::sight::{Event, What};
+use outrigger_dataplane::{Config, Counted, PodInterfaces, Proxy, ProxyHandle};
+use outrigger_desired::{Change, ServicePortName, Watched};
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::runtime::Runtime;
-use tokio::sync::mpsc;
+use tokio::sync::{broadcast, mpsc};
 
 use crate::talk::{ProxyConfig, ProxyRequest, Reply};
 
 pub struct ProxyHost {
     runtime: Runtime,
     running: Option<(ProxyHandle, mpsc::UnboundedSender<Change>)>,
+    watch: Option<broadcast::Receiver<Event>>,
 }
 
 impl ProxyHost {
     pub fn new() -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-        Ok(Self { runtime, running: None })
+        Ok(Self { runtime, running: None, watch: None })
     }
 
     pub fn answer(&mut self, request: ProxyRequest) -> Result<Reply> {
@@ -39,6 +41,16 @@ impl ProxyHost {
             ProxyRequest::Delete(object) => changes.send(change(object, false)?)?,
             ProxyRequest::SetMode(mode) => {
                 self.runtime.block_on(handle.set_mode(mode.parse()?))?;
+            }
+            ProxyRequest::Counts => return counts(&self.runtime, handle),
+            ProxyRequest::Watch => {
+                let _inside = self.runtime.enter();
+                self.watch = Some(handle.watch());
+            }
+            ProxyRequest::Happened => {
+                let watch = self.watch.as_mut().context("nobody watches")?;
+                let told = std::iter::from_fn(|| watch.try_recv().ok()).map(|event| told(&event) + "\n");
+                return Ok(Reply::Page(told.collect()));
             }
             ProxyRequest::Teardown => {
                 self.runtime.block_on(handle.teardown())?;
@@ -68,6 +80,32 @@ fn settled(runtime: &Runtime, handle: &ProxyHandle) -> Result<Reply> {
         Some(error) => bail!("{error}"),
         None => Ok(Reply::Done),
     }
+}
+
+fn counts(runtime: &Runtime, handle: &ProxyHandle) -> Result<Reply> {
+    let counts = runtime.block_on(handle.ask(|view| view.backend.counted(view.table))).context("the proxy has stopped")??;
+    let port = |(name, counted): (&ServicePortName, &Counted)| {
+        let drops: serde_json::Map<String, Value> =
+            counted.drops.iter().map(|(reason, count)| (reason.name().into(), json!(count))).collect();
+        let backends: serde_json::Map<String, Value> =
+            counted.backends.iter().map(|(backend, traffic)| (backend.to_string(), json!(traffic.connections))).collect();
+        (name.to_string(), json!({"connections": counted.connections, "drops": drops, "backends": backends}))
+    };
+    let ports: serde_json::Map<String, Value> = counts.services.iter().map(port).collect();
+    Ok(Reply::Page(Value::Object(ports).to_string()))
+}
+
+/// `opened default/web:tcp 10.244.1.10 -> 10.96.0.10:80`; without the client's port, which is any.
+fn told(event: &Event) -> String {
+    let what = match event.what {
+        What::Opened => "opened",
+        What::Closed => "closed",
+        What::Refused(reason) => reason.name(),
+    };
+    let service = event.service.as_ref().map(ToString::to_string).unwrap_or_default();
+    let source = event.source.map(|source| source.ip().to_string()).unwrap_or_default();
+    let frontend = event.frontend.map(|frontend| frontend.to_string()).unwrap_or_default();
+    format!("{what} {service} {source} -> {frontend}")
 }
 
 fn read_config(config: &ProxyConfig) -> Result<Config> {

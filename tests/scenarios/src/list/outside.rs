@@ -187,7 +187,7 @@ fn health_checks() -> Vec<Scenario> {
     )]
 }
 
-fn narrowed(range: &str) -> String {
+pub(super) fn narrowed(range: &str) -> String {
     let range = if range.contains('/') { range.to_owned() } else { format!("{range}/32") };
     let spec = format!("  type: LoadBalancer\n  loadBalancerSourceRanges: ['{range}']\n{LOAD_BALANCER}");
     service(&spec) + &ready(&["a"])
