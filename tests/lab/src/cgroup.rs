@@ -48,6 +48,21 @@ impl Hierarchies {
 
     /// Makes the cgroup `path` (such as `outrigger/lab/node-1`) in every hierarchy.
     pub fn create(&self, path: &str) -> Result<()> {
+        // Another lab that ends takes parents along that are empty at that moment.
+        let is_gone = |error: &anyhow::Error| {
+            error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::NotFound)
+        };
+        let mut made = self.make(path);
+        for _ in 0..100 {
+            match made {
+                Err(error) if is_gone(&error) => made = self.make(path),
+                _ => break,
+            }
+        }
+        made
+    }
+
+    fn make(&self, path: &str) -> Result<()> {
         for root in self.roots() {
             let mut directory = root.clone();
             for part in path.split('/').filter(|part| !part.is_empty()) {
