@@ -80,7 +80,10 @@ pub struct Namespace<'a> {
 impl<'a> Namespace<'a> {
     pub fn create(lab: &'a Lab, name: &str) -> Result<Self> {
         lab.run(&["create", "namespace", name])?;
-        Ok(Self { lab, name: name.to_owned() })
+        let space = Self { lab, name: name.to_owned() };
+        // Without it no pod is taken, and a controller makes it in its own time.
+        eventually(Duration::from_secs(30), || space.run(&["get", "serviceaccount", "default"]))?;
+        Ok(space)
     }
 
     pub fn kubectl(&self, words: &[&str]) -> Command {
