@@ -1,5 +1,4 @@
-//! What the programs count and tell, and what that costs.
-use std::net::{TcpListener, TcpStream};
+//! What the programs count and tell.
 use std::time::{Duration, Instant};
 
 use outrigger_dataplane::sight::{Event, Reason, What};
@@ -122,41 +121,5 @@ fn connections_from_outside_are_told_with_their_clients() {
         assert_eq!(events.iter().map(|event| event.what).collect::<Vec<_>>(), [What::Opened, What::Closed]);
         assert!(events.iter().all(|event| event.source.unwrap().ip().to_string() == "10.1.0.9" && name(event) == "web"), "{events:?}");
         assert_eq!(agent.counted("web").connections, 1);
-    });
-}
-
-/// Connects and closes through a Service and directly, with the counting of closes and connect times and without it. `ROUNDS` says how
-/// often; with `--nocapture` it tells how long they took.
-#[test]
-fn what_sight_costs() {
-    const CONNECTS: u32 = 2000;
-    let rounds: usize = std::env::var("ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
-    Lab::run(&["10.0.0.1/32"], |lab| {
-        let listener = TcpListener::bind("10.0.0.1:8080").unwrap();
-        std::thread::spawn(move || listener.incoming().for_each(drop));
-        let measure = |to: &str| {
-            let start = Instant::now();
-            (0..CONNECTS).for_each(|_| drop(TcpStream::connect(to).unwrap()));
-            start.elapsed() / CONNECTS
-        };
-        let objects = [service("web", "10.96.0.1", "80/TCP", json!({})), slice("web", "8080/TCP", &["10.0.0.1"])];
-        let mut times: [Vec<Duration>; 4] = Default::default();
-        for _ in 0..rounds {
-            let mut agent = lab.agent();
-            agent.apply(&objects);
-            measure("10.0.0.1:8080");
-            times[0].push(measure("10.0.0.1:8080"));
-            times[1].push(measure("10.96.0.1:80"));
-            std::fs::remove_file(lab.config.pin_dir.join("links/sock_ops")).unwrap();
-            times[2].push(measure("10.0.0.1:8080"));
-            times[3].push(measure("10.96.0.1:80"));
-        }
-        let [direct, served, direct_without, served_without] = times.map(|mut times| {
-            times.sort();
-            times[times.len() / 2]
-        });
-        println!(
-            "direct {direct:.2?}, through a Service {served:.2?}; without socket events {direct_without:.2?} and {served_without:.2?}"
-        );
     });
 }
