@@ -5,7 +5,8 @@ use std::time::Duration;
 use outrigger_dataplane::Parting;
 use serde_json::{Value, json};
 
-use crate::lab::{Agent, Lab, Network, ip, service, slice};
+use crate::host::ip;
+use crate::lab::{Agent, Lab, Network, service, slice};
 use crate::{ask, many, read_name, serve_tcp, serve_udp};
 
 const BACKENDS: [&str; 4] = ["10.0.0.1", "10.0.0.2", "10.0.1.1", "10.0.1.2"];

@@ -2,15 +2,16 @@
 //! its own. Nothing else of the machine is touched, and nothing stays.
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::sched::{CloneFlags, unshare};
 use outrigger_dataplane::sight::Event;
 use outrigger_dataplane::{Applied, Backend, Config, Counted, Counts, Mode, ModeChoice, Parting};
 use outrigger_desired::{Change, Delta, State, Table, Touched, Watched};
 use serde_json::{Value, json};
+
+use crate::host::{Host, ip};
 
 /// The process is in one cgroup at a time.
 static TURN: Mutex<()> = Mutex::new(());
@@ -99,11 +100,6 @@ fn cgroup2_mount() -> PathBuf {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
     let mount = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>()).find(|fields| fields[2] == "cgroup2");
     PathBuf::from(mount.expect("a cgroup2 mount")[1])
-}
-
-pub fn ip(arguments: &str) {
-    let status = Command::new("ip").args(arguments.split(' ')).status().expect("iproute2");
-    assert!(status.success(), "ip {arguments}");
 }
 
 pub struct Agent {
@@ -204,38 +200,6 @@ pub fn slice(name: &str, port: &str, ips: &[&str]) -> Value {
     })
 }
 
-/// Another network namespace, held by a thread that does what it is told.
-pub struct Elsewhere {
-    /// By it `ip` names the namespace.
-    pub thread: i32,
-    jobs: mpsc::Sender<Box<dyn FnOnce() + Send>>,
-}
-
-impl Elsewhere {
-    pub fn new() -> Self {
-        let (jobs, todo) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
-        let (ready, thread) = mpsc::channel();
-        std::thread::spawn(move || {
-            unshare(CloneFlags::CLONE_NEWNET).unwrap();
-            ip("link set lo up");
-            ready.send(nix::unistd::gettid().as_raw()).unwrap();
-            todo.into_iter().for_each(|job| job());
-        });
-        Self { thread: thread.recv().unwrap(), jobs }
-    }
-
-    pub fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
-        let (done, result) = mpsc::channel();
-        self.jobs.send(Box::new(move || done.send(job()).unwrap())).unwrap();
-        result.recv().expect("the job ends well")
-    }
-
-    pub fn ip(&self, commands: &[&str]) {
-        let commands: Vec<_> = commands.iter().map(|command| command.to_string()).collect();
-        self.run(move || commands.iter().for_each(|command| ip(command)));
-    }
-}
-
 impl Lab {
     /// Makes sockets that the node's hooks don't see, as on another machine: a socket belongs to the cgroup that it was born in.
     pub fn unhooked<T>(&self, work: impl FnOnce() -> T) -> T {
@@ -249,15 +213,15 @@ impl Lab {
 
 /// A node (the calling thread's namespace) with an uplink to a network where a client and another node are, and with a pod.
 pub struct Network {
-    pub client: Elsewhere,
-    pub other: Elsewhere,
-    pub pod: Elsewhere,
+    pub client: Host,
+    pub other: Host,
+    pub pod: Host,
 }
 
 impl Network {
     /// The node is 10.1.0.1 and fd01::1, its pod 10.0.0.1 and fd00::1, the other node 10.1.0.2 with a pod 10.0.1.1, the client 10.1.0.9 and fd01::9.
     pub fn new() -> Self {
-        let (client, other, pod) = (Elsewhere::new(), Elsewhere::new(), Elsewhere::new());
+        let (client, other, pod) = (Host::new(), Host::new(), Host::new());
         ip(&format!("link add uplink type veth peer name node netns {}", client.thread));
         ip("addr add 10.1.0.1/24 dev uplink");
         ip("addr add fd01::1/64 dev uplink nodad");

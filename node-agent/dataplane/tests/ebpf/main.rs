@@ -1,6 +1,8 @@
 //! The eBPF backend on the real kernel, in cgroups and namespaces of its own.
 #![allow(clippy::unwrap_used, reason = "a failed precondition is a failed test")]
 mod balancing;
+#[path = "../shared/host.rs"]
+mod host;
 mod lab;
 mod outside;
 mod scale;
@@ -166,8 +168,8 @@ fn without_endpoints_it_is_refused_at_once() {
 fn node_ports_answer_on_the_nodes_addresses_and_its_localhost() {
     Lab::run(&["10.0.0.1/32", "10.1.0.1/32"], |lab| {
         serve_tcp("10.0.0.1:8080");
-        lab::ip("link add uplink type bridge");
-        lab::ip("addr add 10.1.0.2/24 dev uplink");
+        host::ip("link add uplink type bridge");
+        host::ip("addr add 10.1.0.2/24 dev uplink");
         let mut agent = lab.agent();
         agent.apply(&[
             service("web", "10.96.0.1", "80/TCP", json!({"type": "NodePort", "nodePort": 30080})),
@@ -181,7 +183,7 @@ fn node_ports_answer_on_the_nodes_addresses_and_its_localhost() {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-                lab::ip("link set lo up");
+                host::ip("link set lo up");
                 assert_eq!(ask("127.0.0.1:30080").unwrap_err().kind(), ErrorKind::ConnectionRefused);
                 // In reach of the hook, though not of the network here.
                 assert_eq!(ask("10.1.0.2:30080").unwrap_err().kind(), ErrorKind::NetworkUnreachable);

@@ -1,55 +1,20 @@
 //! A node made for one test: a network namespace on a thread of its own, with pods and a host outside in namespaces of theirs.
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, mpsc};
 
 use nix::sched::{CloneFlags, setns, unshare};
 use outrigger_dataplane::policy::{self, Applied, Dropped, Enforcer};
 use outrigger_dataplane::{Config, Mode};
 use outrigger_desired::policy::{PodPolicy, PolicyTable, Rules};
 
-static COUNT: AtomicUsize = AtomicUsize::new(0);
+use crate::host::{Host, ip};
 
-pub fn ip(arguments: &str) {
-    let status = Command::new("ip").args(arguments.split(' ')).status().expect("iproute2");
-    assert!(status.success(), "ip {arguments}");
-}
+static COUNT: AtomicUsize = AtomicUsize::new(0);
 
 fn sysctl(name: &str, value: &str) {
     fs::write(Path::new("/proc/sys/net").join(name), value).unwrap_or_else(|error| panic!("{name}: {error}"));
-}
-
-/// A network namespace, held by a thread that does what it is told.
-pub struct Host {
-    thread: i32,
-    jobs: mpsc::Sender<Box<dyn FnOnce() + Send>>,
-}
-
-impl Host {
-    fn new() -> Self {
-        let (jobs, todo) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
-        let (ready, thread) = mpsc::channel();
-        std::thread::spawn(move || {
-            unshare(CloneFlags::CLONE_NEWNET).unwrap();
-            ip("link set lo up");
-            ready.send(nix::unistd::gettid().as_raw()).unwrap();
-            todo.into_iter().for_each(|job| job());
-        });
-        Self { thread: thread.recv().unwrap(), jobs }
-    }
-
-    pub fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
-        let (done, result) = mpsc::channel();
-        self.jobs.send(Box::new(move || _ = done.send(job()))).unwrap();
-        result.recv().expect("the job ends well")
-    }
-
-    pub fn ip(&self, commands: &[&str]) {
-        let commands: Vec<_> = commands.iter().map(|command| command.to_string()).collect();
-        self.run(move || commands.iter().for_each(|command| ip(command)));
-    }
 }
 
 /// The node is 10.1.0.1 and fd01::1. Pods a and b are on it: 10.0.0.1 and fd00::1, 10.0.0.2 and fd00::2, on the interfaces `poda` and

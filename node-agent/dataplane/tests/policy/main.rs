@@ -1,11 +1,14 @@
 //! Network policies on the real kernel, in namespaces of their own: one list of cases for both enforcers.
 #![allow(clippy::unwrap_used, reason = "a failed precondition is a failed test")]
+#[path = "../shared/host.rs"]
+mod host;
 mod lab;
 mod talk;
 
 use std::sync::Arc;
 
-use lab::{Lab, ip};
+use host::ip;
+use lab::Lab;
 use outrigger_desired::Protocol;
 use outrigger_desired::policy::{PodPolicy, PolicyTable, PortRange, Ports, Rules};
 use talk::{Tcp, Udp, ping, serve, tcp, udp};

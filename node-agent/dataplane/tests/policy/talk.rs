@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 
-use crate::lab::Host;
+use crate::host::Host;
 
 /// Long enough for an answer that comes, short enough to wait for one that doesn't.
 const PATIENCE: Duration = Duration::from_millis(400);
