@@ -104,10 +104,10 @@ impl Ebpf {
         let host_namespace = namespace::cookie().map_err(|error| BackendError::kernel("read the network namespace's cookie", error))?;
         let watch = |error| BackendError::kernel("watch the node's interfaces", error);
         let changes = node.run(Changes::open).map_err(watch)?.map_err(watch)?;
+        let programs = Programs::load(&pins.maps(), host_namespace)?;
         if let Err(error) = node.run(ports::reserve).and_then(|reserved| reserved) {
             tracing::warn!(%error, "the node's own connections may meet those that are sent on in its name");
         }
-        let programs = Programs::load(&pins.maps(), host_namespace)?;
         let tables = Tables::prepare(&pins.maps(), &Sizes::INITIAL)?;
         let shared = Arc::new(Shared::open(&pins.maps())?);
         let reach = Arc::new(Reach { maps: shared.clone(), node, cgroup_path: config.cgroup2_path.clone() });

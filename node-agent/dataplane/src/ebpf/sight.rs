@@ -12,7 +12,7 @@ use outrigger_desired::ServicePortName;
 use super::load::EVENTS;
 use super::maps::{self, Shared, Tables};
 use super::plan::Layout;
-use super::sweep;
+use super::sys;
 use crate::backend::{BackendError, Result};
 use crate::namespace::{self, Namespace};
 use crate::sight::{Counted, Counts, Event, Fill, Reason, Traffic, What, merge};
@@ -163,7 +163,7 @@ impl Listener {
     /// What happened since, and the programs go on telling.
     pub fn events(&mut self, shared: &Shared, layout: &Layout, cgroup: &Path, node: &Namespace) -> Result<Vec<Event>> {
         let watched = shared.watched.get(&0)?.unwrap_or_default();
-        shared.watched.put(&0, &abi::sight::Watched { until: sweep::now() + ATTENTION, ..watched })?;
+        shared.watched.put(&0, &abi::sight::Watched { until: sys::now() + ATTENTION, ..watched })?;
         if watched.lost > self.lost {
             tracing::warn!(lost = watched.lost - self.lost, "connections came and went faster than they could be listened to");
         }

@@ -8,6 +8,7 @@ use outrigger_abi as abi;
 
 use super::maps::Shared;
 use super::sight::Seen;
+use super::sys;
 use crate::backend::Result;
 
 const INTERVAL: Duration = Duration::from_secs(30);
@@ -55,7 +56,7 @@ fn sweep(maps: &Shared) {
         Ok(entries) => entries,
         Err(error) => return tracing::warn!(%error, "connections that are over stay in the map of flows"),
     };
-    let over = over(&entries, now());
+    let over = over(&entries, sys::now());
     activity.settle(|kind| {
         let origin = if kind == abi::activity::POD { abi::flow_flags::POD } else { 0 };
         entries.iter().any(|(tuple, flow)| flow.flags & abi::flow_flags::POD == origin && !over.contains(tuple))
@@ -64,12 +65,6 @@ fn sweep(maps: &Shared) {
     if let Err(error) = flows.delete_all(&over.into_iter().collect::<Vec<_>>()) {
         tracing::debug!(%error, "flows stay");
     }
-}
-
-/// The clock that the programs use.
-pub fn now() -> u64 {
-    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC_COARSE);
-    time.map_or(0, |time| time.tv_sec() as u64 * SECOND + time.tv_nsec() as u64)
 }
 
 /// Both directions of a connection go together, when the one that was heard of last is old.

@@ -313,3 +313,9 @@ pub(crate) fn wait_for_programs() {
     // SAFETY: the call takes numbers; it waits for an RCU grace period, which programs keep from ending.
     unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
 }
+
+/// The clock that the programs use: coarse and monotonic, in nanoseconds.
+pub(crate) fn now() -> u64 {
+    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC_COARSE);
+    time.map_or(0, |time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
+}

@@ -9,7 +9,6 @@ use std::sync::Arc;
 
 use aya::EbpfLoader;
 use foldhash::HashMap;
-use nix::time::{ClockId, clock_gettime};
 use outrigger_abi as abi;
 use outrigger_abi::policy::{Drops, OPEN, Peer, Pod, PortKey};
 use outrigger_desired::policy::{PodPolicy, PolicyTable};
@@ -43,12 +42,19 @@ const HOOKS: [InterfaceHook; 2] = [
     InterfaceHook { name: "police_ingress", ingress: false, place: sys::FIRST, priority: 9 },
 ];
 
-/// What this kernel or build lacks.
-pub(super) fn missing(config: &Config) -> Option<String> {
+/// What this kernel or build lacks shows by trying.
+pub(super) fn open(config: &Config) -> Result<Ebpf> {
     if let Some(flaw) = load::flaw(OBJECT, &abi::policy::MARKER) {
-        return Some(flaw.into());
+        return Err(BackendError::failed("load the eBPF programs that police pods", flaw));
     }
-    Pins::mount(&config.pin_dir).and_then(|()| load(None)).err().map(|error| error.to_string())
+    let root = Pins::at(&config.pin_dir).policy();
+    let is_first = !root.exists();
+    let opened = Ebpf::open(config, Places { root: root.clone() });
+    if opened.is_err() && is_first {
+        // A kernel that can't use them keeps none of the maps. What can't be taken away says less than why eBPF can't be used.
+        let _ = remove_folder(&root);
+    }
+    opened
 }
 
 /// Where the pins are.
@@ -70,14 +76,11 @@ impl Places {
     }
 }
 
-/// Around the maps pinned in the folder; without one to learn whether this kernel takes the programs.
-fn load(folder: Option<&Path>) -> Result<Programs> {
+/// Around the maps pinned in the folder.
+fn load(folder: &Path) -> Result<Programs> {
     let mut loader = EbpfLoader::new();
     for (name, size) in MAPS {
-        match folder {
-            Some(folder) => loader.map_max_entries(name, size).map_pin_path(name, folder.join(name)),
-            None => loader.map_max_entries(name, 64),
-        };
+        loader.map_max_entries(name, size).map_pin_path(name, folder.join(name));
     }
     let programs = Programs::load_object(&mut loader, OBJECT)?;
     HOOKS.iter().try_for_each(|hook| programs.program(&format!("outrigger_{}", hook.name)).map(drop))?;
@@ -122,15 +125,14 @@ struct Wanted {
 }
 
 impl Ebpf {
-    pub fn open(config: &Config) -> Result<Self> {
+    fn open(config: &Config, places: Places) -> Result<Self> {
         Pins::mount(&config.pin_dir)?;
         let pins = Pins::at(&config.pin_dir);
-        let places = Places { root: pins.policy() };
         create_folder(&places.maps())?;
         create_folder(&places.links())?;
         let namespace = Namespace::current().map_err(|error| BackendError::kernel("open the node's network namespace", error))?;
         let folder = places.maps();
-        let programs = load(Some(&folder))?;
+        let programs = load(&folder)?;
         let maps = Maps {
             policed: Map::open(&folder, "policed")?,
             node: Map::open(&folder, "policy_node")?,
@@ -198,7 +200,7 @@ impl Ebpf {
     /// Finds the interfaces.
     fn look(&self, table: &PolicyTable, steps: &Steps) -> Result<Wanted> {
         let failed = |error| BackendError::kernel("list the pods' interfaces", error);
-        let now = now()?;
+        let now = sys::now();
         let find = || {
             let mut wanted = Wanted::default();
             for (sandbox, pod) in &table.pods {
@@ -299,11 +301,6 @@ impl Ebpf {
 
 fn detach_classic(interface: &str) {
     HOOKS.iter().for_each(|hook| Programs::detach_classic(interface, hook.ingress, hook.priority));
-}
-
-fn now() -> Result<u64> {
-    let time = clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).map_err(|error| BackendError::kernel("read the clock", error.into()))?;
-    Ok(time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
 }
 
 fn policed(pod: &PodPolicy, (ingress, egress): (u32, u32), old: Option<&Pod>, now: u64) -> Pod {

@@ -53,11 +53,13 @@ pub trait Enforcer: Send {
 /// again when Services are carried in another way.
 pub fn open_beside(config: &Config, services: Mode) -> Result<Box<dyn Enforcer>> {
     let no_ebpf = match services {
-        Mode::Ebpf => ebpf::missing(config),
+        Mode::Ebpf => match ebpf::open(config) {
+            Ok(enforcer) => return Ok(Box::new(enforcer)),
+            Err(error) => error.to_string(),
+        },
         // Its programs would see the Service's address and not yet the pod's.
-        other => Some(format!("Services are translated by {other}, behind the pods' interfaces")),
+        other => format!("Services are translated by {other}, behind the pods' interfaces"),
     };
-    let Some(no_ebpf) = no_ebpf else { return Ok(Box::new(ebpf::Ebpf::open(config)?)) };
     match crate::nftables::missing() {
         None => Ok(Box::new(nftables::Nftables::open(config)?)),
         Some(no_nftables) => {
