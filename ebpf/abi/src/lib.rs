@@ -449,7 +449,7 @@ pub mod activity {
     pub const SOME: u32 = 2;
 }
 
-/// Key of the map `fragments`: by it all parts of a datagram are known.
+/// Key of the maps `fragments` and `policy_parts`: by it all parts of a datagram are known.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Fragment {
@@ -459,7 +459,7 @@ pub struct Fragment {
     pub protocol: u32,
 }
 
-/// Value of the map `fragments`: what only a datagram's first part has.
+/// Value of the maps `fragments` and `policy_parts`: what only a datagram's first part has.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Ports {

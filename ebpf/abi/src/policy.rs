@@ -156,14 +156,6 @@ pub struct Opened {
     pub zero: u32,
 }
 
-/// Value of the map `policy_parts`, keyed by [`crate::Fragment`]: what only a datagram's first part has.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct FirstPart {
-    pub sport: Port,
-    pub dport: Port,
-}
-
 /// Element of the per-CPU map `policy_drops`, keyed by interface index: packets that were dropped.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -178,7 +170,6 @@ const _: () = {
     assert!(size_of::<PortKey>() == 12);
     assert!(size_of::<Connection>() == 44);
     assert!(size_of::<Opened>() == 16);
-    assert!(size_of::<FirstPart>() == 4);
     assert!(size_of::<Drops>() == 16);
 };
 

@@ -10,14 +10,14 @@ use aya_ebpf::helpers::generated::{
 use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::TcContext;
-use outrigger_abi::sight::{Reason, event_kind};
+use outrigger_abi::sight::{Event, Reason, event_kind};
 use outrigger_abi::{Addr, Endpoint, Flow, Fragment, Port, Ports, TCP, Tuple, UDP, Uplink, activity, flow_flags};
 use outrigger_logic::packet::{self, Action, Flows, Packet, Part, arrive, leave, may_open};
 use outrigger_logic::service::{Choice, Tables, Verdict};
 
 use crate::header::{DROP, ICMP, ICMPV6, IPV4, IPV6, L3, NEXT, ethertype, header, ifindex, is_error, load};
 use crate::maps::{FLOWS, FRAGMENTS, Kernel, UPLINKS, activate, is_active};
-use crate::sight::{self, Told};
+use crate::sight::{self, of_packet};
 
 const PSEUDO_HEADER: u64 = 0x10;
 const MANGLED_0: u64 = 0x20;
@@ -446,7 +446,7 @@ fn refused(scratch: *mut Scratch, service: u32, reason: Reason) {
     if sight::is_watched() {
         // SAFETY: as in the programs; it is only read.
         let tuple = unsafe { &(*scratch).packet.tuple };
-        sight::tell(|| Told { kind: event_kind::REFUSED, reason: reason as u8, service, ..Told::packet(tuple) });
+        sight::tell(|| Event { kind: event_kind::REFUSED, reason: reason as u8, service, ..of_packet(tuple) });
     }
 }
 
@@ -457,7 +457,7 @@ fn opened(scratch: *mut Scratch, service: u32) {
     let (tuple, to) = unsafe { (&(*scratch).packet.tuple, &(*scratch).to) };
     sight::connected(service, Endpoint::new(to.dst, to.dport));
     if sight::is_watched() {
-        sight::tell(|| Told { kind: event_kind::OPENED, backend: Endpoint::new(to.dst, to.dport), service, ..Told::packet(tuple) });
+        sight::tell(|| Event { kind: event_kind::OPENED, backend: Endpoint::new(to.dst, to.dport), service, ..of_packet(tuple) });
     }
 }
 
@@ -468,7 +468,7 @@ fn closed(tuple: &Tuple, flow: *const Flow) {
     let flow = unsafe { &*flow };
     sight::tell(|| {
         let backend = Endpoint::new(flow.to.dst, flow.to.dport);
-        Told { kind: event_kind::CLOSED, backend, service: flow.service, ..Told::packet(tuple) }
+        Event { kind: event_kind::CLOSED, backend, service: flow.service, ..of_packet(tuple) }
     });
 }
 
@@ -486,6 +486,11 @@ fn open(skb: *mut __sk_buff, scratch: *mut Scratch, node: *const Uplink, outside
     // SAFETY: as in the programs; of these only `to` is written, and `node` is an element of a map.
     let (packet, choice, to, node) = unsafe { (&(*scratch).packet, &(*scratch).choice, &mut (*scratch).to, &*node) };
     packet::open(&Kernel, &Hook { skb, scratch }, node, outside != 0, packet, choice, to)
+}
+
+#[inline(always)]
+fn kind_of(flow: &Flow) -> u32 {
+    if flow.flags & flow_flags::POD != 0 { activity::POD } else { activity::OUTSIDE }
 }
 
 /// One call of a hook.
@@ -564,7 +569,7 @@ impl Flows for Hook {
     #[inline(always)]
     fn add_flow(&self, tuple: &Tuple, flow: &Flow) -> bool {
         let added = FLOWS.insert(tuple, flow, NO_EXIST).is_ok();
-        activate(if flow.flags & flow_flags::POD != 0 { activity::POD } else { activity::OUTSIDE });
+        activate(kind_of(flow));
         added
     }
 
@@ -573,7 +578,7 @@ impl Flows for Hook {
         opened(self.scratch, flow.service);
         // A full LRU map evicts.
         let _ = FLOWS.insert(tuple, flow, 0);
-        activate(if flow.flags & flow_flags::POD != 0 { activity::POD } else { activity::OUTSIDE });
+        activate(kind_of(flow));
     }
 
     #[inline(always)]

@@ -5,7 +5,6 @@
 
 mod base;
 mod header;
-mod policed;
 
 use core::ptr::addr_of;
 
@@ -15,8 +14,8 @@ use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::maps::{HashMap, LpmTrie, LruHashMap, PerCpuHashMap};
 use aya_ebpf::programs::TcContext;
-use outrigger_abi::policy::{Connection, Direction, Drops, FirstPart, MARKER, OPEN, Opened, Peer, Pod, PortKey, ports};
-use outrigger_abi::{Addr, Fragment, Port, SCTP, TCP, UDP};
+use outrigger_abi::policy::{Connection, Direction, Drops, MARKER, OPEN, Opened, Peer, Pod, PortKey, ports};
+use outrigger_abi::{Addr, Fragment, Port, Ports, SCTP, TCP, UDP};
 use outrigger_logic::policy::{self, Kind, Packet, Tables};
 
 use header::{DROP, Header, ICMP, ICMPV6, IPV4, IPV6, L3, NEXT, ethertype, header, ifindex, is_error, load};
@@ -29,6 +28,8 @@ static POLICY_MARKER: [u8; 24] = MARKER;
 
 const ARP: u32 = 0x0806_u16.to_be() as u32;
 
+#[map(name = "policed")]
+static POLICED: HashMap<u32, Pod> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
 #[map(name = "policy_node")]
 static NODE: HashMap<Addr, u32> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
 #[map(name = "policy_peers")]
@@ -38,7 +39,7 @@ static PORTS: LpmTrie<[u32; 2], u32> = LpmTrie::with_max_entries(1024, BPF_F_NO_
 #[map(name = "policy_opened")]
 static OPENED: LruHashMap<Connection, Opened> = LruHashMap::with_max_entries(1024, 0);
 #[map(name = "policy_parts")]
-static PARTS: LruHashMap<Fragment, FirstPart> = LruHashMap::with_max_entries(1024, 0);
+static PARTS: LruHashMap<Fragment, Ports> = LruHashMap::with_max_entries(1024, 0);
 #[map(name = "policy_drops")]
 static DROPS: PerCpuHashMap<u32, Drops> = PerCpuHashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
 
@@ -97,7 +98,8 @@ pub fn outrigger_police_ingress(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn police(skb: *mut __sk_buff, direction: Direction) -> i32 {
     let interface = ifindex(skb);
-    let pod = policed::pod(interface);
+    // SAFETY: the map isn't preallocated, so the element stays whole for as long as the program runs.
+    let pod = unsafe { POLICED.get(interface) };
     if may_pass(skb, interface, pod, direction) {
         return NEXT;
     }
@@ -142,7 +144,7 @@ fn read(skb: *mut __sk_buff, interface: u32, v4: bool, direction: Direction) -> 
     // SAFETY: the context is valid for the whole call.
     let from = unsafe { addr_of!((*skb).ingress_ifindex).read_volatile() };
     let (local, remote) = ends(direction, found.src, found.dst);
-    let connection = connection(interface, direction, &found, FirstPart::default());
+    let connection = connection(interface, direction, &found, Ports::default());
     let (from_node, from_itself) = (from == 0, from == interface);
     let mut packet = Packet { kind: Kind::Other, local, remote, connection, from_node, from_itself };
     transport(skb, v4, direction, &found, &mut packet)?;
@@ -159,7 +161,7 @@ fn ends<T>(direction: Direction, src: T, dst: T) -> (T, T) {
 }
 
 #[inline(always)]
-fn connection(interface: u32, direction: Direction, header: &Header, part: FirstPart) -> Connection {
+fn connection(interface: u32, direction: Direction, header: &Header, part: Ports) -> Connection {
     let (local, remote) = ends(direction, header.src, header.dst);
     let (local_port, remote_port) = ends(direction, part.sport, part.dport);
     Connection { interface, local, remote, local_port, remote_port, protocol: header.protocol, zero: [0; 3] }
@@ -190,7 +192,7 @@ fn transport(skb: *mut __sk_buff, v4: bool, direction: Direction, found: &Header
         }
         packet.kind = policy::of_icmp(v4, message[0]);
         let echo = Port(u16::from_ne_bytes([message[4], message[5]]));
-        FirstPart { sport: echo, dport: echo }
+        Ports { sport: echo, dport: echo }
     } else {
         packet.kind = match found.protocol {
             TCP => policy::of_tcp(load(skb, l4 + 13)?),
@@ -219,7 +221,7 @@ fn error(skb: *mut __sk_buff, at: u32, v4: bool, direction: Direction, packet: &
         TCP | UDP | SCTP => load(skb, l4)?,
         ICMP | ICMPV6 => {
             let echo: Port = load(skb, l4 + 4)?;
-            FirstPart { sport: echo, dport: echo }
+            Ports { sport: echo, dport: echo }
         }
         _ => return Some(()),
     };

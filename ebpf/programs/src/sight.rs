@@ -92,7 +92,7 @@ fn turned(ops: *mut bpf_sock_ops) {
         Turn::Nothing => return,
     };
     if is_watched() {
-        tell(|| Told {
+        tell(|| Event {
             // SAFETY: the helper takes this program's context.
             namespace: unsafe { bpf_get_netns_cookie(ops.cast()) },
             sent,
@@ -105,6 +105,7 @@ fn turned(ops: *mut bpf_sock_ops) {
             kind,
             reason,
             protocol: TCP,
+            zero: [0; 5],
         });
     }
 }
@@ -198,44 +199,11 @@ pub fn refused(service: u32, reason: Reason) {
     }
 }
 
-/// What is told of a connection; see [`Event`].
-#[derive(Clone, Copy)]
-pub struct Told {
-    pub namespace: u64,
-    pub sent: u64,
-    pub received: u64,
-    pub nanoseconds: u64,
-    pub source: Endpoint,
-    pub frontend: Endpoint,
-    pub backend: Endpoint,
-    pub service: u32,
-    pub kind: u8,
-    pub reason: u8,
-    pub protocol: u8,
-}
-
-impl Told {
-    const NOWHERE: Endpoint = Endpoint::new(Addr([0; 4]), Port(0));
-    pub const NOTHING: Self = Self {
-        namespace: 0,
-        sent: 0,
-        received: 0,
-        nanoseconds: 0,
-        source: Self::NOWHERE,
-        frontend: Self::NOWHERE,
-        backend: Self::NOWHERE,
-        service: 0,
-        kind: 0,
-        reason: 0,
-        protocol: 0,
-    };
-
-    /// Of the packet that began it.
-    #[inline(always)]
-    pub fn packet(tuple: &Tuple) -> Self {
-        let (source, frontend) = (Endpoint::new(tuple.src, tuple.sport), Endpoint::new(tuple.dst, tuple.dport));
-        Self { source, frontend, protocol: tuple.protocol, ..Self::NOTHING }
-    }
+/// Of the packet that began a connection.
+#[inline(always)]
+pub fn of_packet(tuple: &Tuple) -> Event {
+    let (source, frontend) = (Endpoint::new(tuple.src, tuple.sport), Endpoint::new(tuple.dst, tuple.dport));
+    Event { source, frontend, protocol: tuple.protocol, ..Event::default() }
 }
 
 #[inline(always)]
@@ -245,27 +213,13 @@ pub fn is_watched() -> bool {
 
 /// What to tell is asked when there is a place for it, so that it needn't wait on the stack.
 #[inline(always)]
-pub fn tell(told: impl FnOnce() -> Told) {
+pub fn tell(told: impl FnOnce() -> Event) {
     let Some(mut event) = EVENTS.reserve::<Event>(0) else {
         if let Some(watched) = WATCHED.get(0) {
             add(&watched.lost, 1);
         }
         return;
     };
-    let told = told();
-    event.write(Event {
-        namespace: told.namespace,
-        sent: told.sent,
-        received: told.received,
-        nanoseconds: told.nanoseconds,
-        source: told.source,
-        frontend: told.frontend,
-        backend: told.backend,
-        service: told.service,
-        kind: told.kind,
-        reason: told.reason,
-        protocol: told.protocol,
-        zero: [0; 5],
-    });
+    event.write(told());
     event.submit(0);
 }

@@ -7,14 +7,14 @@ use aya_ebpf::helpers::generated::{
 use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr};
 use aya_ebpf::programs::{SockAddrContext, SockContext};
 use core::ptr::{addr_of, addr_of_mut, null_mut};
-use outrigger_abi::sight::{Reason, event_kind};
+use outrigger_abi::sight::{Event, Reason, event_kind};
 use outrigger_abi::{Addr, Datagram, DatagramKey, Endpoint, Peer, Port, UDP};
 use outrigger_logic::service::{Client, Tables, Verdict};
 use outrigger_logic::sight::without_backend;
 use outrigger_logic::socket::{self, Socket};
 
 use crate::maps::{DATAGRAMS, Kernel, host_namespace, peers};
-use crate::sight::{self, Told};
+use crate::sight;
 
 const ALLOW: i32 = 1;
 const DENY: i32 = 0;
@@ -151,13 +151,13 @@ fn peer_name(hook: &Hook) -> i32 {
 fn refuse(hook: &Hook, protocol: u8, service: u32, reason: Reason, errno: i32) -> i32 {
     sight::refused(service, reason);
     if sight::is_watched() {
-        hook.tell(|| Told {
+        hook.tell(|| Event {
             frontend: hook.endpoint(),
             service,
             kind: event_kind::REFUSED,
             reason: reason as u8,
             protocol,
-            ..Told::NOTHING
+            ..Event::default()
         });
     }
     // SAFETY: takes a number; the hook kinds used here all have a return value to set.
@@ -231,15 +231,15 @@ impl Hook {
     #[inline(always)]
     fn opened(&self, frontend: Endpoint, backend: Endpoint, service: u32, protocol: u8) {
         if sight::is_watched() {
-            self.tell(|| Told { frontend, backend, service, kind: event_kind::OPENED, protocol, ..Told::NOTHING });
+            self.tell(|| Event { frontend, backend, service, kind: event_kind::OPENED, protocol, ..Event::default() });
         }
     }
 
     /// The socket has no source yet, but its namespace says whose it is.
     #[inline(always)]
-    fn tell(&self, told: impl FnOnce() -> Told) {
+    fn tell(&self, told: impl FnOnce() -> Event) {
         // SAFETY: the helper takes this hook's context.
-        sight::tell(|| Told { namespace: unsafe { bpf_get_netns_cookie(self.ctx.cast()) }, ..told() });
+        sight::tell(|| Event { namespace: unsafe { bpf_get_netns_cookie(self.ctx.cast()) }, ..told() });
     }
 
     #[inline(always)]
